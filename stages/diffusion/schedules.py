@@ -1,0 +1,56 @@
+"""Noise schedules: how much signal is left after each of T steps. numpy only, so that params can check a sweep without torch."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Alphas = NDArray[np.float64]
+
+
+def linear(T: int) -> Alphas:
+    """alpha_bar, (T,) float64, of betas rising linearly from 1e-4 to 0.02 at T = 1000, rescaled by 1000 / T.
+
+    The rescaling keeps the amount of noise at the end about the same at every T, so that T changes only the discretisation.
+
+    Raises:
+        ValueError: T <= 20, where the last beta would reach 1.
+
+    Source: Ho et al. 2020, section 4; the rescaling is that of Nichol & Dhariwal 2021's code.
+    """
+    _check(T)
+    if T <= 20:
+        raise ValueError(
+            f"schedule 'linear' needs T > 20, not T = {T}: its last beta, 0.02 * 1000 / T, must stay below 1; use 'cosine'"
+        )
+    return np.cumprod(1 - np.linspace(1e-4, 0.02, T, dtype=np.float64) * (1000 / T))
+
+
+def linear_unscaled(T: int) -> Alphas:
+    """alpha_bar, (T,) float64, of betas from 1e-4 to 0.02 whatever T: the negative control.
+
+    Below T = 1000 the last image still holds much of x0, and sampling starts from noise that training never saw.
+
+    Source: Ho et al. 2020, section 4, read literally.
+    """
+    _check(T)
+    return np.cumprod(1 - np.linspace(1e-4, 0.02, T, dtype=np.float64))
+
+
+def cosine(T: int) -> Alphas:
+    """alpha_bar, (T,) float64, following a squared cosine with offset s = 0.008, betas clipped at 0.999.
+
+    Source: Nichol & Dhariwal 2021, eq. (17).
+    """
+    _check(T)
+    s = 0.008
+    f = np.cos((np.arange(T + 1, dtype=np.float64) / T + s) / (1 + s) * np.pi / 2) ** 2
+    return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
+
+
+SCHEDULES: dict[str, Callable[[int], Alphas]] = {"linear": linear, "linear_unscaled": linear_unscaled, "cosine": cosine}
+
+
+def _check(T: int) -> None:
+    if T < 1:
+        raise ValueError(f"T = {T} must be at least 1")

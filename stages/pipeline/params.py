@@ -1,0 +1,281 @@
+"""params.yaml, read once, checked whole before any data is read; every value frozen and typed, no default in Python."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages import UserError
+from stages.diffusion.schedules import SCHEDULES
+
+PARAMS = Path("params.yaml")
+
+DatasetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    """One section of params.yaml: strict types, no unknown keys, never changed after it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Sweep(Section):
+    """What is varied: one cell per combination."""
+
+    datasets: Annotated[list[DatasetName], Field(min_length=1)]
+    schedules: Annotated[list[str], Field(min_length=1)]
+    timesteps: Annotated[list[Count], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_value_once(self) -> "Sweep":
+        for axis in ("datasets", "schedules", "timesteps", "seeds"):
+            values = getattr(self, axis)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{axis} = {values} names a value twice; each may appear once")
+        return self
+
+    @model_validator(mode="after")
+    def _every_beta_inside_0_1(self) -> "Sweep":
+        for name, T in itertools.product(self.schedules, self.timesteps):
+            if name not in SCHEDULES:
+                raise ValueError(f"schedules names {name!r}; allowed: {', '.join(SCHEDULES)}")
+            SCHEDULES[name](T)
+        return self
+
+    def cells(self) -> Iterator["Cell"]:
+        """The cells, in DVC's order."""
+        for values in itertools.product(self.datasets, self.schedules, self.timesteps, self.seeds):
+            yield Cell(*values)
+
+
+class MnistData(Section):
+    """The four IDX files of MNIST."""
+
+    reader: Literal["mnist"]
+    size: Literal[28]
+    path: str | None
+
+
+class GlyphsData(Section):
+    """Persian digits and letters drawn from fonts."""
+
+    reader: Literal["glyphs"]
+    size: Annotated[int, Field(ge=16, le=256)]
+    train_images: Count
+    test_images: Count
+    seed: Seed
+
+
+DataSection = Annotated[MnistData | GlyphsData, Field(discriminator="reader")]
+
+
+class Extractor(Section):
+    """How the classifier of a dataset is trained."""
+
+    images: Count
+    batch: Count
+    lr: Positive
+    seed: Seed
+
+
+class Diffusion(Section):
+    """Choices of the process that training and sampling share."""
+
+    prediction: Literal["eps", "x0", "v"]
+
+
+class Network(Section):
+    """Size of the U-Net."""
+
+    stem_resolution: Annotated[int, Field(ge=4)]
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_mult: Annotated[list[Count], Field(min_length=1, max_length=4)]
+    blocks_per_level: Count
+    attention_levels: list[Annotated[int, Field(ge=0)]]
+    conditional: bool
+
+    @model_validator(mode="after")
+    def _levels_exist(self) -> "Network":
+        levels = len(self.channel_mult)
+        if any(level >= levels for level in self.attention_levels):
+            raise ValueError(
+                f"attention_levels = {self.attention_levels} must lie in 0..{levels - 1}: channel_mult has {levels} entries"
+            )
+        return self
+
+
+class Train(Section):
+    """Optimisation; lengths are counted in images."""
+
+    images: Count
+    batch: Count
+    lr: Positive
+    warmup_images: Annotated[int, Field(ge=0)]
+    weight_decay: NonNegative
+    grad_clip: Positive
+    label_dropout: Fraction
+    ema_halflife: Annotated[float, Field(gt=0, le=1)]
+    validation_images: Count
+    deterministic: bool
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> "Train":
+        if self.images < 4 * self.batch:
+            raise ValueError(
+                f"images = {self.images} must be at least 4 batches of {self.batch}: the average is kept at each quarter"
+            )
+        return self
+
+
+class FastSampler(Section):
+    """The sampler of the headline score: the same number of evaluations in every cell."""
+
+    sampler: Literal["ddpm", "ddim"]
+    steps: Count
+    eta: Fraction
+
+
+class AncestralSampler(Section):
+    """The sampler that takes all T steps."""
+
+    sampler: Literal["ddpm"]
+
+
+class Sample(Section):
+    """What is drawn, and how."""
+
+    images: Count
+    ancestral_images: Count
+    guidance: NonNegative
+    precision: Literal["fp32", "bf16"]
+    chunk: Count
+    fast: FastSampler
+    ancestral: AncestralSampler
+
+
+class Evaluate(Section):
+    """What is measured."""
+
+    images: Count
+    draws: Count
+    logsnr: Annotated[list[Annotated[float, Field(ge=-20, le=20)]], Field(min_length=1)]
+    min_scored: Annotated[int, Field(ge=2)]
+
+
+class Runtime(Section):
+    """What cannot change a result."""
+
+    experiment: Annotated[str, StringConstraints(min_length=1)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    sweep: Sweep
+    data: dict[DatasetName, DataSection]
+    extractor: Extractor
+    diffusion: Diffusion
+    network: Network
+    train: Train
+    sample: Sample
+    evaluate: Evaluate
+    runtime: Runtime
+
+    @model_validator(mode="after")
+    def _swept_datasets_exist(self) -> "Params":
+        for name in self.sweep.datasets:
+            if name not in self.data:
+                raise ValueError(f"sweep.datasets names {name!r}, which is no section of data; there are: {', '.join(self.data)}")
+        return self
+
+    @model_validator(mode="after")
+    def _fast_steps_fit(self) -> "Params":
+        if self.sample.fast.steps > min(self.sweep.timesteps):
+            raise ValueError(
+                f"sample.fast.steps = {self.sample.fast.steps} must be at most the smallest of sweep.timesteps "
+                f"({min(self.sweep.timesteps)})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_has_two_models(self) -> "Params":
+        if self.sample.guidance > 0 and not (self.network.conditional and self.train.label_dropout > 0):
+            raise ValueError(
+                f"sample.guidance = {self.sample.guidance:g} needs network.conditional: true and train.label_dropout > 0; "
+                "set sample.guidance: 0"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the sweep; its name is DVC's matrix key."""
+
+    dataset: str
+    schedule: str
+    T: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}-{self.schedule}-{self.T}-{self.seed}"
+
+
+def find_cell(params: Params, name: str) -> Cell:
+    """The cell of that name. Raises UserError when the sweep has none."""
+    cells = {str(cell): cell for cell in params.sweep.cells()}
+    if name not in cells:
+        raise UserError(f"{PARAMS}: the sweep has no cell {name!r}; it has: {', '.join(cells)}")
+    return cells[name]
+
+
+def load(path: Path = PARAMS) -> Params:
+    """The checked parameters. Raises UserError, one line for each mistake."""
+    raw = read_yaml(path)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML 1.2 file as plain dicts and lists. Raises UserError when it is missing or malformed."""
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run this from the root of the repository") from None
+    except YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _explain(error: Any) -> str:
+    """One line: the dotted key, what it holds, what is allowed."""
+    loc = error["loc"]
+    key = ".".join(str(part) for part in (loc[:2] + loc[3:] if loc[0:1] == ("data",) else loc))
+    if error["type"] == "extra_forbidden":
+        return f"{key} is not a known key; known here: {', '.join(_section_at(loc[:-1]).model_fields)}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{error['ctx']['error']}"
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _section_at(loc: tuple[Any, ...]) -> type[BaseModel]:
+    """The model of the section at a pydantic location; a dataset's location carries its reader."""
+    if loc[0:1] == ("data",):
+        return {"mnist": MnistData, "glyphs": GlyphsData}[loc[2]]
+    model: type[BaseModel] = Params
+    for part in loc:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    return model

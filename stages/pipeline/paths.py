@@ -1,0 +1,53 @@
+"""Where every file of a dataset or a cell lives, relative to the root of the working tree; dvc.yaml names the same paths."""
+
+from pathlib import Path
+
+
+def raw(dataset: str) -> Path:
+    """Folder of the raw files, as fetched."""
+    return Path("data/raw") / dataset
+
+
+def prepared(dataset: str) -> Path:
+    """Folder of train.safetensors, test.safetensors and dataset.json."""
+    return Path("data/prepared") / dataset
+
+
+def data_figures(dataset: str) -> Path:
+    """Folder of the figures of a dataset."""
+    return Path("data/figures") / dataset
+
+
+def extractor(dataset: str) -> Path:
+    """Weights of the classifier whose features score the samples."""
+    return Path("models/extractor") / f"{dataset}.safetensors"
+
+
+def reference(dataset: str) -> Path:
+    """Statistics of the features of the test split."""
+    return Path("models/reference") / f"{dataset}.safetensors"
+
+
+def weights(cell: str) -> Path:
+    """Folder of ema.safetensors, raw.safetensors, the EMA snapshots and the preview grids."""
+    return Path("models/cells") / cell
+
+
+def samples(cell: str) -> Path:
+    """Folder of fast.safetensors, ancestral.safetensors, grid.png and denoising.gif."""
+    return Path("samples") / cell
+
+
+def loss_curve(cell: str) -> Path:
+    """Train and validation loss by step."""
+    return Path("metrics/train") / f"{cell}.csv"
+
+
+def scores(stage: str, name: str) -> Path:
+    """Deterministic results of extractor, reference or evaluate."""
+    return Path("metrics") / stage / f"{name}.json"
+
+
+def timing(stage: str, name: str) -> Path:
+    """What a stage measured with a clock."""
+    return Path("metrics/timing") / stage / f"{name}.json"

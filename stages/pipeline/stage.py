@@ -1,0 +1,144 @@
+"""The frame around every stage: arguments, checked sections of params.yaml, whole outputs, timing, one-line errors."""
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from stages import UserError
+from stages.pipeline import params, paths
+
+Item = TypeVar("Item")
+
+
+def run(main: Callable[..., dict[str, Any] | None]) -> None:
+    """Run a stage from the command line: `python -m stages.NAME [DATASET | CELL] [--dry-run]`.
+
+    The signature of `main` says what the stage reads. A first parameter `dataset` or `cell` comes from the command line;
+    `data` is that dataset's section of params.yaml; every other parameter is the section of its name, and `a__b` is the key
+    `a.b`. What `main` returns was measured with a clock and goes to metrics/timing, beside seconds, memory and device.
+    """
+    stage = Path(sys.argv[0]).stem
+    wanted = inspect.signature(main).parameters
+    subject = next((kind for kind in ("dataset", "cell") if kind in wanted), None)
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=inspect.getdoc(inspect.getmodule(main)))
+    if subject:
+        parser.add_argument("name", metavar=subject.upper())
+    parser.add_argument("--dry-run", action="store_true", help="print the checked parameters and stop")
+    args = parser.parse_args()
+    try:
+        arguments = _arguments(params.load(), wanted, subject, getattr(args, "name", None))
+        if args.dry_run:
+            print(json.dumps(arguments, default=_plain, indent=2))
+            return
+        start = time.perf_counter()
+        measured = main(**arguments)
+        seconds = time.perf_counter() - start
+        if subject:
+            write_json(paths.timing(stage, args.name), {**_machine(seconds), **(measured or {})})
+    except UserError as error:
+        sys.exit(f"{stage}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _arguments(loaded: params.Params, wanted: Iterable[str], subject: str | None, name: str | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for key in wanted:
+        if key == "dataset":
+            if name not in loaded.data:
+                raise UserError(f"params.yaml: data has no section {name!r}; it has: {', '.join(loaded.data)}")
+            arguments[key] = name
+        elif key == "cell":
+            arguments[key] = params.find_cell(loaded, str(name))
+        elif key == "data":
+            arguments[key] = loaded.data[arguments["dataset"] if subject == "dataset" else arguments["cell"].dataset]
+        else:
+            value: Any = loaded
+            for part in key.split("__"):
+                value = getattr(value, part)
+            arguments[key] = value
+    return arguments
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, params.Section) else str(value)
+
+
+def _machine(seconds: float) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    machine: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_mib": round(peak)}
+    if "torch" in sys.modules:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        machine["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+        machine["threads"] = torch.get_num_threads()
+        machine["torch"] = torch.__version__
+    return machine
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path`, on disk, only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; it becomes `path`, replacing it, only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file, whole, ending in a newline. NaN and infinity are refused: they are not JSON."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError when it is missing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; `dvc repro` makes it") from None
+
+
+def progress(items: Iterable[Item], *, total: int, unit: str, label: str) -> "tqdm[Item]":
+    """The items behind a bar with a rate and a time left; silent when stderr is no terminal."""
+    return tqdm(items, total=total, unit=unit, desc=label, disable=None, unit_scale=True, leave=False)
