@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from stages.pipeline.stage import whole_file
 
@@ -26,6 +26,21 @@ def grid(images: Pixels, columns: int, *, scale: int = 1, gap: int = 1) -> Pixel
         y, x = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
         canvas[y : y + h, x : x + w] = image
     return canvas.repeat(scale, 0).repeat(scale, 1)
+
+
+def labelled(images: Pixels, rows: list[str], columns: list[str], *, scale: int = 1) -> Pixels:
+    """A `grid` of len(rows) x len(columns) images on white, with a name at the left of each row and above each column."""
+    pictures = grid(images, len(columns), scale=scale)
+    font = ImageFont.load_default(size=14)
+    left, top = 16 + round(max(font.getlength(name) for name in rows)), 24
+    canvas = Image.new("L", (left + pictures.shape[1], top + pictures.shape[0]), 255)
+    canvas.paste(Image.fromarray(pictures), (left, top))
+    draw = ImageDraw.Draw(canvas)
+    for i, name in enumerate(rows):
+        draw.text((left - 8, top + (i + 0.5) * pictures.shape[0] / len(rows)), name, fill=0, font=font, anchor="rm")
+    for j, name in enumerate(columns):
+        draw.text((left + (j + 0.5) * pictures.shape[1] / len(columns), top / 2), name, fill=0, font=font, anchor="mm")
+    return np.asarray(canvas)
 
 
 def save_png(path: Path, pixels: Pixels) -> None:

@@ -1,0 +1,90 @@
+"""Turn the raw files of a dataset into tensors and say what is in them. `python -m stages.prepare mnist`.
+
+Reads data/raw/NAME; writes train.safetensors, test.safetensors and dataset.json to data/prepared/NAME, and the pictures
+samples.png and noising.png to data/figures/NAME.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.datasets.images import to_float, to_uint8
+from stages.datasets.readers import READERS
+from stages.diffusion.process import q_sample
+from stages.diffusion.schedules import SCHEDULES
+from stages.pipeline import figures, params, paths, stage
+from stages.pipeline.checkpoint import save_tensors
+
+EXAMPLES = 10  # images of each class in samples.png, and noise levels in noising.png
+TALLEST = 1500  # pixels; classes stand side by side rather than make samples.png higher
+
+
+def main(dataset: str, data: params.DataSection) -> None:
+    """Write the prepared folder and the figures, each whole or not at all."""
+    reader, raw = READERS[data.reader], paths.raw(dataset)
+    (train, y_train), (test, y_test), class_names = reader.read(raw, **data.model_dump(exclude={"reader"}))
+    mean, std = mean_and_std(train)
+    about = {
+        "reader": data.reader,
+        "synthetic": reader.synthetic,
+        "licence": reader.licence,
+        "source_sha256": {file.name: _sha256(file) for file in sorted(raw.iterdir())},
+        "size": data.size,
+        "class_names": class_names,
+        "images": {"train": len(train), "test": len(test)},
+        "images_per_class": {
+            "train": y_train.bincount(minlength=len(class_names)).tolist(),
+            "test": y_test.bincount(minlength=len(class_names)).tolist(),
+        },
+        "pixel_mean": mean,
+        "pixel_std": std,
+    }
+    with stage.whole_folder(paths.prepared(dataset)) as folder:
+        save_tensors(folder / "train.safetensors", {"images": train, "labels": y_train})
+        save_tensors(folder / "test.safetensors", {"images": test, "labels": y_test})
+        stage.write_json(folder / "dataset.json", about)
+    with stage.whole_folder(paths.data_figures(dataset)) as folder:
+        figures.save_png(folder / "samples.png", samples(train, y_train, len(class_names)))
+        figures.save_png(folder / "noising.png", noising(train[0]))
+
+
+def mean_and_std(images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of all pixels in [-1, 1], float64, from how often each of the 256 values occurs."""
+    share = images.flatten().bincount(minlength=256).double() / images.numel()
+    values = to_float(torch.arange(256, dtype=torch.uint8)).double()
+    mean = (share * values).sum()
+    return mean.item(), (share * (values - mean) ** 2).sum().sqrt().item()
+
+
+def samples(images: Tensor, labels: Tensor, classes: int) -> figures.Pixels:
+    """A row of ten images per class, in the order of the class names; two or more classes side by side where there are many."""
+    height = images.shape[-1] + 1
+    picked = torch.full((classes, EXAMPLES, *images.shape[1:]), 128, dtype=torch.uint8)
+    for y in range(classes):
+        found = images[labels == y][:EXAMPLES]
+        picked[y, : len(found)] = found
+    side_by_side = -(-classes * height // TALLEST)
+    scale = max(1, TALLEST // 2 // (-(-classes // side_by_side) * height))
+    return figures.grid(picked.flatten(0, 1).numpy(), EXAMPLES * side_by_side, scale=scale)
+
+
+def noising(image: Tensor) -> figures.Pixels:
+    """One image, (1, H, W) uint8, at ten t of 1000: a row per schedule, the same noise in all, pixels in their true range."""
+    T = 1000
+    t = torch.linspace(0, T - 1, EXAMPLES).round().long()
+    eps = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).expand(EXAMPLES, *image.shape)
+    x0 = to_float(image).expand(EXAMPLES, *image.shape)
+    rows = [to_uint8(q_sample(x0, torch.from_numpy(alpha_bar(T))[t], eps)) for alpha_bar in SCHEDULES.values()]
+    scale = max(1, 96 // image.shape[-1])
+    return figures.labelled(torch.cat(rows).numpy(), list(SCHEDULES), [f"t = {step}" for step in t.tolist()], scale=scale)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    stage.run(main)
