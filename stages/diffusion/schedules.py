@@ -23,7 +23,7 @@ def linear(T: int) -> Alphas:
         raise ValueError(
             f"schedule 'linear' needs T > 20, not T = {T}: its last beta, 0.02 * 1000 / T, must stay below 1; use 'cosine'"
         )
-    return np.cumprod(1 - np.linspace(1e-4, 0.02, T, dtype=np.float64) * (1000 / T))
+    return _alpha_bar(np.linspace(1e-4, 0.02, T) * (1000 / T))
 
 
 def linear_unscaled(T: int) -> Alphas:
@@ -34,7 +34,7 @@ def linear_unscaled(T: int) -> Alphas:
     Source: Ho et al. 2020, section 4, read literally.
     """
     _check(T)
-    return np.cumprod(1 - np.linspace(1e-4, 0.02, T, dtype=np.float64))
+    return _alpha_bar(np.linspace(1e-4, 0.02, T))
 
 
 def cosine(T: int) -> Alphas:
@@ -45,10 +45,14 @@ def cosine(T: int) -> Alphas:
     _check(T)
     s = 0.008
     f = np.cos((np.arange(T + 1, dtype=np.float64) / T + s) / (1 + s) * np.pi / 2) ** 2
-    return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
+    return _alpha_bar(np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 
 SCHEDULES: dict[str, Callable[[int], Alphas]] = {"linear": linear, "linear_unscaled": linear_unscaled, "cosine": cosine}
+
+
+def _alpha_bar(beta: Alphas) -> Alphas:
+    return np.asarray(np.cumprod(1 - beta), dtype=np.float64)
 
 
 def _check(T: int) -> None:

@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages import UserError
+from stages.networks.classifier import Classifier
+from stages.networks.unet import UNet
 from stages.pipeline.stage import whole_file
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
-    """Write tensors, whole, with JSON metadata: each keyword is stored under its name."""
-    metadata = {key: json.dumps(value, sort_keys=True) for key, value in about.items()}
+    """Write tensors, whole, with JSON metadata. Under one key: safetensors writes several in an order that changes every time."""
+    metadata = {"about": json.dumps(about, sort_keys=True)}
     with whole_file(path) as temporary:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata=metadata)
 
@@ -24,7 +26,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, on the CPU, and its metadata. Raises UserError when it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
         return load_file(path), about
     except FileNotFoundError:
         raise UserError(f"{path} is missing; `dvc repro` makes it") from None
@@ -35,3 +37,24 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def device() -> torch.device:
     """The CUDA device when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_memory() -> dict[str, int]:
+    """Peak memory of the CUDA device in MiB; nothing on a CPU."""
+    return {"cuda_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20)} if torch.cuda.is_available() else {}
+
+
+def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
+    """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, cell, ..."""
+    weights, about = load_tensors(path)
+    net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
+    net.load_state_dict(weights)
+    return net.to(device(), memory_format=torch.channels_last).eval(), about  # type: ignore[call-overload]
+
+
+def load_classifier(path: Path) -> Classifier:
+    """A trained classifier in eval mode on `device()`."""
+    weights, about = load_tensors(path)
+    net = Classifier(**about["classifier"])
+    net.load_state_dict(weights)
+    return net.to(device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

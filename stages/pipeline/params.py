@@ -127,6 +127,7 @@ class Train(Section):
     label_dropout: Fraction
     ema_halflife: Annotated[float, Field(gt=0, le=1)]
     validation_images: Count
+    curve_points: Count
     deterministic: bool
 
     @model_validator(mode="after")
@@ -271,11 +272,11 @@ def _explain(error: Any) -> str:
     return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _section_at(loc: tuple[Any, ...]) -> type[BaseModel]:
+def _section_at(loc: tuple[Any, ...]) -> Any:
     """The model of the section at a pydantic location; a dataset's location carries its reader."""
     if loc[0:1] == ("data",):
         return {"mnist": MnistData, "glyphs": GlyphsData}[loc[2]]
-    model: type[BaseModel] = Params
+    model: Any = Params
     for part in loc:
-        model = model.model_fields[part].annotation  # type: ignore[assignment]
+        model = model.model_fields[part].annotation
     return model

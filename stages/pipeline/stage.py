@@ -12,14 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from stages import UserError
 from stages.pipeline import params, paths
-
-Item = TypeVar("Item")
 
 
 def run(main: Callable[..., dict[str, Any] | None]) -> None:
@@ -139,6 +137,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing; `dvc repro` makes it") from None
 
 
-def progress(items: Iterable[Item], *, total: int, unit: str, label: str) -> "tqdm[Item]":
-    """The items behind a bar with a rate and a time left; silent when stderr is no terminal."""
+def progress(items: Iterable[Any] = (), *, total: int, unit: str, label: str) -> "tqdm[Any]":
+    """A bar with a rate and a time left, around the items or updated by hand; silent when stderr is no terminal."""
     return tqdm(items, total=total, unit=unit, desc=label, disable=None, unit_scale=True, leave=False)

@@ -1,0 +1,165 @@
+"""The denoising network: a small U-Net on space-to-depth patches, told the log-SNR and the label."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """U-Net of Ho et al. 2020 at the size of handwriting, for square greyscale images of any size.
+
+    A stem folds patches of f x f pixels into channels, f the smallest power of two that brings the image to at most
+    `stem_resolution` pixels a side, so a 64x64 image costs about what a 28x28 one does. Zero padding up to a size that every
+    level can halve is taken off again at the end.
+
+    Args:
+        size: pixels a side.
+        num_classes: labels 0..num_classes-1; the label num_classes means "not told".
+        stem_resolution, base_channels, channel_mult, blocks_per_level, attention_levels, conditional: see params.yaml.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        num_classes: int,
+        stem_resolution: int,
+        base_channels: int,
+        channel_mult: Sequence[int],
+        blocks_per_level: int,
+        attention_levels: Sequence[int],
+        conditional: bool,
+    ) -> None:
+        super().__init__()
+        fold = 2 ** max(0, math.ceil(math.log2(size / stem_resolution)))
+        multiple = fold * 2 ** (len(channel_mult) - 1)
+        self.padding = -size % multiple
+        widths = [base_channels * mult for mult in channel_mult]
+        emb = 4 * base_channels
+        self.num_classes, self.conditional = num_classes, conditional
+        self.embed_logsnr = nn.Sequential(nn.Linear(2 * base_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.embed_label = nn.Embedding(num_classes + 1, emb)
+        nn.init.normal_(self.embed_label.weight, std=0.02)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", torch.logspace(-4, 1, base_channels, base=2), persistent=False)
+
+        # Going down, every output is kept for the way up.
+        self.unfold, self.fold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
+        self.stem = nn.Conv2d(fold**2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        channels, skips = widths[0], []
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.down.append(Downsample(channels))
+            for _ in range(blocks_per_level):
+                self.down.append(Block(channels, width, emb, attention=level in attention_levels))
+                channels = width
+                skips.append(channels)
+        self.middle = Block(channels, channels, emb, attention=len(widths) - 1 in attention_levels)
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(blocks_per_level):
+                self.up.append(Block(channels + skips.pop(), width, emb, attention=level in attention_levels))
+                channels = width
+            if level > 0:
+                self.up.append(Upsample(channels))
+        self.head = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), _zero(nn.Conv2d(channels, fold**2, 3, padding=1)))
+
+    def forward(self, x_t: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
+        """What the network predicts (eps, x0 or v), shaped like x_t.
+
+        Args:
+            x_t: (B, 1, H, W) float32.
+            logsnr: (B,) float, the noise level of each image.
+            y: (B,) int64 labels; num_classes where the label is withheld.
+        """
+        emb = self.embed_logsnr(self._waves(logsnr))
+        if self.conditional:
+            emb = emb + self.embed_label(y)
+        emb = F.silu(emb)  # (B, E)
+        p, size = self.padding, x_t.shape[-1]
+        h = F.pad(x_t, (p // 2, p - p // 2) * 2) if p else x_t
+        h = self.stem(self.unfold(h).contiguous(memory_format=torch.channels_last))  # (B, C, H/f, W/f)
+        skips = []
+        for layer in self.down:
+            h = layer(h, emb)
+            if isinstance(layer, Block):
+                skips.append(h)
+        h = self.middle(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, Block) else h, emb)
+        h = self.fold(self.head(h))  # (B, 1, H + p, W + p)
+        return h[..., p // 2 : p // 2 + size, p // 2 : p // 2 + size]
+
+    def _waves(self, logsnr: Tensor) -> Tensor:
+        angles = logsnr.float()[:, None] * self.frequencies  # (B, base_channels)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Block(nn.Module):
+    """Residual block, scaled and shifted by the embedding (FiLM), with self-attention after it where asked."""
+
+    def __init__(self, channels: int, width: int, emb: int, *, attention: bool) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, width, 3, padding=1)
+        self.film = nn.Linear(emb, 2 * width)
+        self.norm2, self.conv2 = nn.GroupNorm(8, width), _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.skip = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
+        self.attention = Attention(width) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, width, H, W) from x (B, channels, H, W) and emb (B, E)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)  # (B, width, 1, 1) each
+        h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
+        return self.attention(self.skip(x) + h)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, four heads, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.GroupNorm(8, channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) from the same."""
+        b, c, height, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, 4, c // 4, height * width).transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 4, HW, C/4)
+        return x + self.out(h.transpose(-1, -2).reshape(b, c, height, width))
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, H/2, W/2) from x (B, C, H, W)."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, 2H, 2W) from x (B, C, H, W)."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer with zero weights: its residual branch begins as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,23 @@
+"""A glance at a network in training: a small grid of samples. It cannot change a weight, so train does not depend on it."""
+
+import torch
+from torch import Tensor
+
+from stages.datasets.images import to_uint8
+from stages.diffusion import noise
+from stages.diffusion.process import Prediction
+from stages.diffusion.samplers import clipped_denoiser, ddim, spaced_timesteps
+from stages.networks.unet import UNet
+from stages.pipeline.figures import Pixels, grid
+
+
+@torch.no_grad()
+def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor, *, columns: int = 10, rows: int = 4) -> Pixels:
+    """Grid of samples, always from the same noise: DDIM in at most 20 steps, the classes one after another."""
+    index = torch.arange(rows * columns, device=alpha_bar.device)
+    y = index % net.num_classes
+    T = len(alpha_bar)
+    denoise = clipped_denoiser(net, prediction, y, unlabelled=net.num_classes, guidance=0)
+    x_T = noise.gaussian(0, index, T, (1, size, size))
+    *_, (_, x, _) = ddim(denoise, x_T, alpha_bar, spaced_timesteps(T, min(20, T)), lambda _: x_T)  # eta is 0: no noise is used
+    return grid(to_uint8(x).cpu().numpy(), columns, scale=2)

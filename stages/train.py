@@ -1,0 +1,191 @@
+"""Train the network of one cell.
+
+Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, the average at each quarter of
+the images, a preview grid for each of them, and the loss curve.
+
+    python -m stages.train mnist-cosine-1000-0
+"""
+
+import copy
+import csv
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages import UserError
+from stages.datasets.images import to_float
+from stages.diffusion import process
+from stages.diffusion.schedules import SCHEDULES
+from stages.networks import ema
+from stages.networks.unet import UNet
+from stages.pipeline import checkpoint, figures, params, paths
+from stages.pipeline.preview import preview
+from stages.pipeline.stage import progress, read_json, run, whole_file, whole_folder
+
+Loss = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(net, x0, y, t, eps) -> the mean squared error of what the network predicts."""
+
+
+def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network, train: params.Train) -> dict[str, Any]:
+    """Train with the whole split resident as one uint8 tensor; the randomness of a step is a function of (seed, step)."""
+    device = checkpoint.device()
+    _set_precision(train.deterministic)
+
+    # Data: the end of the train split is held out, and never trained on.
+    images, labels, val_images, val_labels = _split(cell, train.validation_images, device)
+    class_names = read_json(paths.prepared(cell.dataset) / "dataset.json")["class_names"]
+    alpha_bar = torch.from_numpy(SCHEDULES[cell.schedule](cell.T)).to(device)
+
+    # Network, its average, optimiser. What is needed to build the network again travels with the weights.
+    about = {"cell": str(cell), "size": images.shape[-1], "num_classes": len(class_names), "class_names": class_names}
+    about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump()}
+    torch.manual_seed(cell.seed)
+    net = UNet(size=images.shape[-1], num_classes=len(class_names), **network.model_dump())
+    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net_ema = copy.deepcopy(net).eval().requires_grad_(False)
+    weights, averages = list(net.parameters()), list(net_ema.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=train.lr, betas=(0.9, 0.99), weight_decay=train.weight_decay, fused=True)
+    loss_of = _loss(diffusion.prediction, alpha_bar)
+
+    # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
+    steps = math.ceil(train.images / train.batch)
+    report_at = {math.ceil(steps * k / train.curve_points) for k in range(1, train.curve_points + 1)}
+    snapshot_at = {math.ceil(steps * k / 4): f"ema-{25 * k}" for k in (1, 2, 3)} | {steps: "ema"}
+    curve: list[dict[str, Any]] = []
+    losses: list[Tensor] = []
+    seconds, started = 0.0, time.perf_counter()
+    with whole_folder(paths.weights(str(cell))) as folder:
+        for step in progress(range(1, steps + 1), total=steps, unit="step", label=str(cell)):
+            rng = torch.Generator(device).manual_seed((cell.seed << 32) + step)
+            batch = batch_of_step(step, train.batch, len(images), cell.seed).to(device)
+            x0, y = to_float(images[batch]), labels[batch]
+            y = torch.where(torch.rand(y.shape, device=device, generator=rng) < train.label_dropout, len(class_names), y)
+            t = stratified_timesteps(len(y), cell.T, rng)
+            eps = torch.randn(x0.shape, device=device, generator=rng)
+
+            loss = loss_of(net, x0, y, t, eps)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, train.grad_clip)
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, train)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(averages, weights, step=step, halflife=train.ema_halflife)
+            losses.append(loss.detach())
+
+            if step in report_at or step in snapshot_at:
+                train_loss = _finite_mean(losses, step)
+                seconds += time.perf_counter() - started
+                if step in report_at:
+                    val_loss = _validate(loss_of, net_ema, val_images, val_labels, cell.T)
+                    row = {
+                        "step": step,
+                        "images": step * train.batch,
+                        "lr": lr,
+                        "train_loss": train_loss,
+                        "val_loss": val_loss,
+                    }
+                    curve.append(row)
+                    losses.clear()
+                if step in snapshot_at:
+                    name = snapshot_at[step]
+                    checkpoint.save_tensors(folder / f"{name}.safetensors", net_ema.state_dict(), **about)
+                    pixels = preview(net_ema, images.shape[-1], diffusion.prediction, alpha_bar)
+                    figures.save_png(folder / "previews" / f"{name}.png", pixels)
+                started = time.perf_counter()
+        checkpoint.save_tensors(folder / "raw.safetensors", net.state_dict(), **about)
+    _write_curve(paths.loss_curve(str(cell)), curve)
+    return {"images_per_sec": round(steps * train.batch / seconds, 1), **checkpoint.device_memory()}
+
+
+def learning_rate(step: int, steps: int, train: params.Train) -> float:
+    """Learning rate of a step, 1..steps: linear warm-up times a cosine that reaches zero after the last step."""
+    warmup = min(1.0, step * train.batch / max(train.warmup_images, 1))
+    return train.lr * warmup * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+def batch_of_step(step: int, batch: int, n: int, seed: int) -> Tensor:
+    """(batch,) int64 indices of a step, the first is 1, in an endless row of shuffled epochs of n images."""
+    first, end = (step - 1) * batch, step * batch
+    parts = []
+    while first < end:
+        epoch, offset = divmod(first, n)
+        parts.append(_shuffled(n, seed, epoch)[offset : offset + end - first])
+        first += len(parts[-1])
+    return torch.cat(parts)
+
+
+def stratified_timesteps(batch: int, T: int, rng: torch.Generator) -> Tensor:
+    """(batch,) int64 in 0..T-1, each uniform, one from each of `batch` equal parts of the range: less noise in the loss."""
+    strata = torch.arange(batch, device=rng.device, dtype=torch.float64)
+    jitter = torch.rand(batch, device=rng.device, dtype=torch.float64, generator=rng)
+    return ((strata + jitter) / batch * T).long().clamp_max(T - 1)
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+
+
+def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    path = paths.prepared(cell.dataset) / "train.safetensors"
+    split, _ = checkpoint.load_tensors(path)
+    images, labels = split["images"].to(device), split["labels"].to(device)
+    if held_out >= len(images):
+        raise UserError(f"train.validation_images = {held_out} must be less than the {len(images)} images of {path}")
+    return images[:-held_out], labels[:-held_out], images[-held_out:], labels[-held_out:]
+
+
+def _loss(prediction: process.Prediction, alpha_bar: Tensor) -> Loss:
+    def loss_of(net: UNet, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        a = alpha_bar[t]
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=x0.is_cuda):
+            output = net(process.q_sample(x0, a, eps), process.logsnr(a), y)
+        return (output.float() - process.target(prediction, x0, eps, a)).square().mean()
+
+    return loss_of
+
+
+@torch.no_grad()
+def _validate(loss_of: Loss, net: UNet, images: Tensor, labels: Tensor, T: int) -> float:
+    """Loss on the held-out images, always with the same noise and timesteps."""
+    rng = torch.Generator(images.device).manual_seed(0)
+    t = stratified_timesteps(len(images), T, rng)
+    eps = torch.randn(images.shape, device=images.device, generator=rng)
+    chunks = zip(to_float(images).split(256), labels.split(256), t.split(256), eps.split(256), strict=True)
+    return sum(float(loss_of(net, *chunk)) * len(chunk[0]) for chunk in chunks) / len(images)
+
+
+def _finite_mean(losses: list[Tensor], step: int) -> float:
+    """Mean of the losses of the steps up to `step`. Raises UserError naming the first step whose loss is not finite."""
+    values = torch.stack(losses).double().cpu()
+    if not values.isfinite().all():
+        bad = int((~values.isfinite()).nonzero()[0])
+        raise UserError(
+            f"the loss became {values[bad]} at step {step - len(losses) + 1 + bad}; a lower train.lr or train.grad_clip may help"
+        )
+    return float(values.mean())
+
+
+def _set_precision(deterministic: bool) -> None:
+    """TF32 and the fastest kernels on CUDA, or the deterministic ones; a CPU is deterministic as it is."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic and torch.cuda.is_available())
+
+
+def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, curve[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in curve)
+
+
+if __name__ == "__main__":
+    run(main)
