@@ -1,6 +1,9 @@
 """Arrays in, pictures out: grids, animations and plots. Nothing here can change a number."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,3 +58,69 @@ def save_gif(path: Path, frames: list[Pixels], *, milliseconds: int) -> None:
     with whole_file(path) as temporary:
         durations = [milliseconds] * (len(images) - 1) + [2000]
         images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: points in order, perhaps with error bars; `reference` draws it thin, dotted and grey."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] | None = None
+    reference: bool = False
+
+
+def save_lines(
+    path: Path, panels: dict[str, list[Line]], *, x: str, y: str, log_x: Sequence[float] = (), log_y: bool = False
+) -> None:
+    """Write a PNG, whole, with one panel, side by side, for each title; the panels share the axis labels.
+
+    Args:
+        log_x: the ticks of a logarithmic x axis; none leaves it linear.
+        log_y: a logarithmic y axis.
+    """
+    from matplotlib.figure import Figure  # here, for it takes a second that most stages need not wait
+
+    figure = Figure(figsize=(0.6 + 4.6 * len(panels), 3.6), dpi=110, layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for line in lines:
+            style: dict[str, Any] = (
+                {"color": "0.45", "ls": ":", "lw": 1.4} if line.reference else {"marker": "o", "ms": 4, "lw": 1.6}
+            )
+            axes.errorbar(line.x, line.y, line.error, label=line.label, capsize=3, **style)
+        if log_x:
+            axes.set_xscale("log")
+            axes.set_xticks(log_x, [f"{tick:g}" for tick in log_x])
+            axes.minorticks_off()
+            axes.set_xlim(min(log_x) / 1.3, max(log_x) * 1.3)
+        if log_y:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.25, which="both" if log_y else "major")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def save_contact_sheet(path: Path, pictures: dict[str, Path], *, width: int = 340) -> None:
+    """Write a PNG, whole, that shows picture files side by side, four to a row, each scaled to `width` under its name."""
+    font, head, gap = ImageFont.load_default(size=14), 24, 10
+    images = {}
+    for name, source in pictures.items():
+        with Image.open(source) as picture:
+            height = round(picture.height * width / picture.width)
+            images[name] = picture.convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    columns, height = min(4, len(images)), max(image.height for image in images.values())
+    rows = -(-len(images) // columns)
+    canvas = Image.new("L", (columns * (width + gap) + gap, rows * (head + height + gap)), 255)
+    draw = ImageDraw.Draw(canvas)
+    for i, (name, image) in enumerate(images.items()):
+        left, top = gap + (i % columns) * (width + gap), (i // columns) * (head + height + gap)
+        draw.text((left, top + head / 2), name, fill=0, font=font, anchor="lm")
+        canvas.paste(image, (left, top + head))
+    with whole_file(path) as temporary:
+        canvas.quantize(32).save(temporary, format="PNG", optimize=True)

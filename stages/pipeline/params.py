@@ -1,5 +1,6 @@
 """params.yaml, read once, checked whole before any data is read; every value frozen and typed, no default in Python."""
 
+import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -242,7 +243,37 @@ def find_cell(params: Params, name: str) -> Cell:
 
 def load(path: Path = PARAMS) -> Params:
     """The checked parameters. Raises UserError, one line for each mistake."""
-    raw = read_yaml(path)
+    return _check(read_yaml(path), path)
+
+
+def merged(profile: Path, path: Path = PARAMS) -> str:
+    """The text of params.yaml with the values of a profile, comments kept. Raises UserError when the result is not valid."""
+    yaml = YAML()  # round-trip
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    values = yaml.load(path.read_text(encoding="utf-8"))
+    _overwrite(values, read_yaml(profile), where=f"{profile}: ")
+    text = io.StringIO()
+    yaml.dump(values, text)
+    _check(YAML(typ="safe", pure=True).load(text.getvalue()), profile)
+    return text.getvalue()
+
+
+def _overwrite(values: Any, changes: dict[str, Any], where: str) -> None:
+    for key, change in changes.items():
+        if key not in values:
+            raise UserError(f"{where}{key} is no key of {PARAMS}; known here: {', '.join(values)}")
+        if isinstance(change, dict):
+            _overwrite(values[key], change, f"{where}{key}.")
+        elif isinstance(change, list):
+            values[key][:] = change  # the list stays the same object, for a comment behind it belongs to it
+        else:
+            values[key] = change
+
+
+def _check(raw: Any, path: Path) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:

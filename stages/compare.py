@@ -1,0 +1,144 @@
+"""Put the cells of the sweep side by side: a table, plots over T and schedule, a report with pictures.
+
+Reads exactly the cells that `sweep` names, whatever else lies in metrics/; writes metrics/summary.{json,csv}, loss.csv, figures/
+and report.md; brings MLflow up to date.
+Run: python -m stages.compare
+"""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.pipeline import figures, params, paths, results, tracking
+from stages.pipeline.figures import Line
+from stages.pipeline.params import Cell
+from stages.pipeline.stage import read_json, run, whole_file, whole_folder, write_json
+
+METRICS = Path("metrics")
+HEADLINE = ("images", "fid", "fid_error", "fid_floor", "accuracy", "confident", "confident_ratio", "eps_mse")
+
+Rows = dict[Cell, dict[str, Any]]
+Curves = dict[Cell, list[dict[str, float]]]
+
+
+def main(sweep: params.Sweep) -> None:
+    """Read every cell, then write; a missing cell stops it before anything is written."""
+    rows = {cell: results.row(cell) for cell in sweep.cells()}
+    curves = {cell: results.loss_curve(cell) for cell in rows}
+    synthetic = [name for name in sweep.datasets if read_json(paths.prepared(name) / "dataset.json")["synthetic"]]
+
+    write_json(METRICS / "summary.json", {str(cell): {k: row[k] for k in HEADLINE if k in row} for cell, row in rows.items()})
+    _write_csv(METRICS / "summary.csv", list(rows.values()))
+    losses = [{"cell": str(cell), **point} for cell, curve in curves.items() for point in curve]
+    _write_csv(METRICS / "loss.csv", losses)
+    with whole_folder(METRICS / "figures") as folder:
+        _plot(folder, sweep, rows, curves)
+    with whole_file(METRICS / "report.md") as temporary:
+        temporary.write_text(_report(sweep, rows, synthetic), encoding="utf-8")
+
+    print(results.table(rows.values()))
+    print(f"The same with pictures: {METRICS / 'report.md'}")
+    tracking.sync()
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None:
+    ticks = sorted(sweep.timesteps)
+
+    def panels(lines_of: Callable[[str], list[Line]]) -> dict[str, list[Line]]:
+        return {dataset: lines_of(dataset) for dataset in sweep.datasets}
+
+    def fid(dataset: str) -> list[Line]:
+        floors = [row["fid_floor"] for cell, row in rows.items() if cell.dataset == dataset and "fid_floor" in row]
+        floor = [Line("floor: real images", ticks, [floors[0]] * len(ticks), reference=True)] if floors else []
+        return [*_against_steps(sweep, rows, dataset, "fid", "{}"), *floor]
+
+    def cost(dataset: str) -> list[Line]:
+        return [
+            line
+            for kind in ("fast", "ancestral")
+            for line in _against_steps(sweep, rows, dataset, f"{kind}_seconds_per_image", f"{{}}, {kind}")
+        ]
+
+    def loss(dataset: str) -> list[Line]:
+        lines = [(str(cell), results.loss_lines(curve)[1]) for cell, curve in curves.items() if cell.dataset == dataset]
+        return [Line(name.removeprefix(f"{dataset}-"), line.x, line.y) for name, line in lines]
+
+    def by_logsnr(dataset: str) -> list[Line]:
+        return [_loss_by_logsnr(cell, row) for cell, row in rows.items() if cell.dataset == dataset]
+
+    figures.save_lines(folder / "fid.png", panels(fid), x="T, steps", y="FID (lower is better)", log_x=ticks)
+    figures.save_lines(folder / "cost.png", panels(cost), x="T, steps", y="seconds per image", log_x=ticks, log_y=True)
+    figures.save_lines(folder / "loss.png", panels(loss), x="images trained on", y="validation loss", log_y=True)
+    figures.save_lines(folder / "logsnr.png", panels(by_logsnr), x="log-SNR", y="MSE of x0", log_y=True)
+    for dataset in sweep.datasets:
+        grids = {str(cell): paths.samples(str(cell)) / "grid.png" for cell in rows if cell.dataset == dataset}
+        figures.save_contact_sheet(folder / f"samples-{dataset}.png", grids)
+
+
+def _against_steps(sweep: params.Sweep, rows: Rows, dataset: str, name: str, label: str) -> list[Line]:
+    """One line for each schedule and seed: a number of the row against T, where it was measured."""
+    lines = []
+    for schedule in sweep.schedules:
+        for seed in sweep.seeds:
+            found = [rows[cell] for T in sorted(sweep.timesteps) if name in rows[cell := Cell(dataset, schedule, T, seed)]]
+            title = label.format(schedule) + (f", seed {seed}" if len(sweep.seeds) > 1 else "")
+            error = [row.get(f"{name}_error", 0.0) for row in found]
+            lines += [Line(title, [row["T"] for row in found], [row[name] for row in found], error if any(error) else None)]
+    return [line for line in lines if line.x]
+
+
+def _loss_by_logsnr(cell: Cell, row: dict[str, Any]) -> Line:
+    points = sorted((float(key.removeprefix("x0_mse_at_")), value) for key, value in row.items() if key.startswith("x0_mse_at_"))
+    return Line(str(cell).removeprefix(f"{cell.dataset}-"), [x for x, _ in points], [y for _, y in points])
+
+
+def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
+    columns = {"cell": "cell", "FID": "fid", "± error": "fid_error", "floor": "fid_floor", "N": "images", "accuracy": "accuracy"}
+    columns |= {"sure": "confident", "eps-MSE": "eps_mse", "training s": "train_seconds"}
+    columns |= {"s/image, fast": "fast_seconds_per_image", "s/image, all T": "ancestral_seconds_per_image"}
+    lines = ["# Comparison of the sweep", "", _EXPLANATION]
+    lines += [f"`{name}` is synthetic: its images are drawn from fonts, they are not handwriting.\n" for name in synthetic]
+    lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
+    lines += [_markdown_row([_cell_text(row.get(key)) for key in columns.values()]) for row in rows.values()]
+    lines += ["", *(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, title in _FIGURES.items())]
+    lines += [f"## Samples: {name}\n\n![Samples of {name}](figures/samples-{name}.png)\n" for name in sweep.datasets]
+    return "\n".join(lines)
+
+
+def _markdown_row(values: Any) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def _cell_text(value: Any) -> str:
+    return value if isinstance(value, str) else "-" if value is None else f"{value:.4g}"
+
+
+_EXPLANATION = """\
+FID is the Fréchet distance between N generated images and the whole test split, in the features of a classifier trained on the
+same dataset: lower is better, and it falls with N, so only scores of the same N compare. The floor is the same distance for N
+real training images: what a perfect model would score.
+
+`accuracy` is the share of samples that the classifier gives the label they were drawn for, `sure` the share to which it gives
+any label with at least 0.9 confidence. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
+log-SNR does. Every cell is sampled twice: fast, with the same number of network evaluations in every cell (all scores are of
+this set), and with all T steps.
+"""
+
+_FIGURES = {
+    "fid": "FID over T",
+    "cost": "Seconds per image over T",
+    "loss": "Validation loss",
+    "logsnr": "Loss by noise level, comparable across schedules",
+}
+
+if __name__ == "__main__":
+    run(main)

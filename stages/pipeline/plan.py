@@ -1,0 +1,162 @@
+"""What a person at the keyboard asks beside `dvc repro`: what will run, what came out, what is left over, another profile.
+
+python -m stages.pipeline.plan plan            the stages that will run, and about how long they take
+python -m stages.pipeline.plan table           the finished cells of the sweep, and where their pictures are
+python -m stages.pipeline.plan prune [--yes]   list, or remove, the files of cells that the sweep no longer names
+python -m stages.pipeline.plan profile NAME    merge profiles/NAME.yaml into params.yaml
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from stages import UserError
+from stages.pipeline import params, paths, results
+from stages.pipeline.stage import read_json, whole_file
+
+PROFILES = Path("profiles")
+PER_CELL = ("train", "sample", "evaluate")
+PER_DATASET = ("fetch", "prepare", "extractor", "reference")
+
+
+def plan() -> None:
+    """Print the stages that are out of date or follow from one that is, and a time from what was last recorded."""
+    params.load()  # a mistake in it is told here, in one line
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode:
+        raise UserError(f"`dvc status` failed: {asked.stderr.strip()}")
+    stages = with_followers(set(json.loads(asked.stdout)))
+    if not stages:
+        print("Nothing to run: every result is up to date.")
+        return
+    counts = Counter(name.partition("@")[0] for name in stages)
+    print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
+    known = [seconds for name in stages if (seconds := expected_seconds(name)) is not None]
+    unknown = len(stages) - len(known) - counts["compare"]
+    if known:
+        print(f"About {max(1, round(sum(known) / 60))} min, going by metrics/timing", end="")
+        print(f"; no estimate for {unknown} of the stages" if unknown else "")
+    else:
+        print("No estimate: metrics/timing records no such stage yet.")
+
+
+def with_followers(changed: set[str]) -> list[str]:
+    """The changed stages and all that follow from them, in the order of dvc.yaml: what will run unless an output stays the same."""
+    stages = params.read_yaml(Path("dvc.yaml"))["stages"]
+    cells = list(params.load().sweep.cells())
+    names = {name: [str(cell) for cell in cells] if name in PER_CELL else {cell.dataset for cell in cells} for name in stages}
+    found: list[str] = []
+    made: list[str] = []  # outputs of the stages found so far
+    for name, stage in stages.items():
+        for item in sorted(names[name]) if "matrix" in stage else [""]:
+            full = f"{name}@{item}" if item else name
+
+            def resolve(path: str, item: str = item) -> str:
+                return path.replace("${item.dataset}", item.partition("-")[0]).replace("${key}", item)
+
+            deps = [resolve(dep) for dep in stage["deps"]]
+            if full in changed or any(_overlap(dep, out) for dep in deps for out in made):
+                found.append(full)
+                made += [resolve(out if isinstance(out, str) else next(iter(out))) for out in stage["outs"]]
+    return found
+
+
+def expected_seconds(name: str) -> float | None:
+    """What a stage took when last recorded; else the mean of the same stage on the same dataset, else on any; else None."""
+    stage, _, item = name.partition("@")
+    dataset = item.partition("-")[0]
+    for pattern in (item, f"{dataset}-*", "*"):
+        seconds = [read_json(path)["seconds"] for path in paths.timing(stage, "x").parent.glob(f"{pattern}.json")]
+        if seconds:
+            return mean(seconds)
+    return None
+
+
+def table() -> None:
+    """Print the finished cells; never fails because one is not."""
+    cells = list(params.load().sweep.cells())
+    finished = [cell for cell in cells if paths.scores("evaluate", str(cell)).exists()]
+    if finished:
+        print(results.table(results.row(cell) for cell in finished))
+        print(f"Pictures: metrics/report.md, metrics/figures/, {paths.samples('CELL')}/grid.png and denoising.gif")
+    if missing := [str(cell) for cell in cells if cell not in finished]:
+        print(f"Without results: {', '.join(missing)}")
+
+
+def prune(really: bool) -> None:
+    """List the files of cells and datasets that params.yaml no longer names; remove them when told to."""
+    found = leftovers(params.load())
+    for path in found:
+        print(f"{'removed' if really else 'left over:'} {path}")
+        if really:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not found:
+        print("Nothing is left over.")
+    elif not really:
+        print("`make prune YES=1` removes them; DVC's cache keeps what it has until `dvc gc`.")
+
+
+def leftovers(loaded: params.Params) -> list[Path]:
+    """Files and folders under metrics, models and samples that belong to no cell of the sweep and to no dataset in it."""
+    cells = {str(cell) for cell in loaded.sweep.cells()}
+    datasets = set(loaded.sweep.datasets)
+    folders: dict[Path, set[str]] = {paths.weights("x").parent: cells, paths.samples("x").parent: cells}
+    folders |= {paths.loss_curve("x").parent: cells, paths.scores("evaluate", "x").parent: cells}
+    folders |= {paths.timing(stage, "x").parent: cells for stage in PER_CELL}
+    folders |= {paths.timing(stage, "x").parent: datasets for stage in PER_DATASET}
+    folders |= {paths.scores(stage, "x").parent: datasets for stage in ("extractor", "reference")}
+    folders |= {make("x").parent: datasets for make in (paths.extractor, paths.reference)}
+    return [path for folder, names in folders.items() for path in sorted(folder.glob("[!.]*")) if _name(path) not in names]
+
+
+def profile(name: str) -> None:
+    """Merge a profile into params.yaml, whole or not at all."""
+    path = PROFILES / f"{name}.yaml"
+    if not path.exists():
+        raise UserError(f"there is no profile {name!r}; there are: {', '.join(sorted(p.stem for p in PROFILES.glob('*.yaml')))}")
+    text = params.merged(path)
+    with whole_file(params.PARAMS) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{params.PARAMS} now holds {path}. `git diff {params.PARAMS}` shows it, `git checkout {params.PARAMS}` undoes it.")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two paths are the same, or one lies inside the other."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def main() -> None:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(prog="python -m stages.pipeline.plan", description=__doc__)
+    commands: Any = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("plan")
+    commands.add_parser("table")
+    commands.add_parser("prune").add_argument("--yes", action="store_true")
+    commands.add_parser("profile").add_argument("name")
+    args = parser.parse_args()
+    try:
+        if args.command == "prune":
+            prune(args.yes)
+        elif args.command == "profile":
+            profile(args.name)
+        else:
+            {"plan": plan, "table": table}[args.command]()
+    except UserError as error:
+        sys.exit(f"{args.command}: {error}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    main()

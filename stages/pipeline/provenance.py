@@ -1,0 +1,140 @@
+"""What decides a cell's results, and where they come from: the run key, what dvc.lock records, the state of git."""
+
+import hashlib
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages import UserError
+from stages.pipeline import params, paths
+from stages.pipeline.params import Cell
+
+# What can change a result, beside the data: a run is `dirty` when one of these differs from the commit.
+DECISIVE = ("stages", "params.yaml", "dvc.yaml", "pyproject.toml", "constraints.txt")
+
+
+def workspace() -> Path:
+    """The root of the working tree; for a temporary one of DVC's (`--temp`, the queue), the root it was made from."""
+    here = Path.cwd().resolve()
+    for parent in here.parents:
+        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
+            return parent.parents[2]
+    return here
+
+
+def key(cell: Cell) -> str:
+    """The run key: a hash of all that decides the cell's results; known before training starts, the same in every clone.
+
+    It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
+    never an output. Raises UserError when DVC did not fetch the raw data.
+    """
+    return Tree.read().key(cell)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The working tree, read once: the stages that lead to a cell's scores, what dvc.lock says of them, the parameters."""
+
+    stages: dict[str, Any]
+    lock: dict[str, Any]
+    params: params.Params
+
+    @classmethod
+    def read(cls) -> "Tree":
+        """The tree in the current folder."""
+        stages = params.read_yaml(Path("dvc.yaml"))["stages"]
+        lock = params.read_yaml(Path("dvc.lock"))["stages"] if Path("dvc.lock").exists() else {}
+        return cls({name: stage for name, stage in stages.items() if "matrix" in stage}, lock, params.load())
+
+    def key(self, cell: Cell) -> str:
+        """The run key of a cell; see `key`. Line endings do not count."""
+        code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
+        text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
+        return content_hash([self.chain_params(cell), text, self.raw_digest(cell.dataset)])[:32]
+
+    def raw_digest(self, dataset: str) -> str:
+        """MD5 that DVC gave the raw data of a dataset."""
+        for out in self.lock.get(f"fetch@{dataset}", {}).get("outs", []):
+            if out["path"] == str(paths.raw(dataset)):
+                return str(out["md5"])
+        raise UserError(f"dvc.lock does not record {paths.raw(dataset)}; `dvc repro fetch@{dataset}` does")
+
+    def chain_params(self, cell: Cell) -> dict[str, Any]:
+        """The parameters that lead to a cell's scores, by dotted name, and what makes the cell."""
+        flat: dict[str, Any] = {"dataset": cell.dataset, "schedule": cell.schedule, "T": cell.T, "seed": cell.seed}
+        for stage in self.stages.values():
+            for name, value in self._params_of(stage, cell).items():
+                flat |= _flatten(name, value)
+        return flat
+
+    def is_recorded(self, cell: Cell) -> bool:
+        """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now."""
+        made: dict[str, str] = {}
+        for name, stage in self.stages.items():
+            entry = self.lock.get(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}", {"outs": []})
+            locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
+            if entry.get("params", {}).get("params.yaml") != self._params_of(stage, cell):
+                return False
+            if locked.keys() != {_resolve(dep, cell) for dep in stage["deps"]}:
+                return False
+            if any(digest != (made.get(path) or md5(Path(path))) for path, digest in locked.items()):
+                return False
+            made |= {out["path"]: out["md5"] for out in entry["outs"]}
+        scores = paths.scores("evaluate", str(cell))
+        return made[str(scores)] == md5(scores)
+
+    def origin(self, cell: Cell) -> dict[str, str]:
+        """The first commit or experiment whose dvc.lock holds the cell's scores, and how to restore it; empty when none does."""
+        outs = {out["path"]: out["md5"] for out in self.lock[f"evaluate@{cell}"]["outs"]}
+        digest = outs[str(paths.scores("evaluate", str(cell)))]
+        commit = git("log", "--all", "--reverse", "--format=%H", f"-S{digest}", "--", "dvc.lock").partition("\n")[0]
+        if not commit:
+            return {}
+        refs = git("for-each-ref", f"--points-at={commit}", "--format=%(refname)", "refs/exps").split()
+        names = [ref.split("/")[-1] for ref in refs if not ref.startswith("refs/exps/exec/")]
+        restore = f"dvc exp apply {names[0]}" if names else f"git checkout {commit} && dvc checkout"
+        return {"results_commit": commit, "results_restore": restore}
+
+    def _params_of(self, stage: dict[str, Any], cell: Cell) -> dict[str, Any]:
+        values = self.params.model_dump()
+        return {name: _at(values, name) for name in (_resolve(item, cell) for item in stage["params"])}
+
+
+def uncommitted() -> str:
+    """The diff of the decisive files against HEAD, new files included; empty when there is none."""
+    new = git("ls-files", "--others", "--exclude-standard", "--", *DECISIVE).splitlines()
+    return git("diff", "HEAD", "--", *DECISIVE) + "".join(git("diff", "--no-index", "--", os.devnull, path) for path in new)
+
+
+def git(*arguments: str) -> str:
+    """What git prints in the current folder; nothing where it fails, for instance outside a repository."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, errors="replace").stdout
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256, in hexadecimal, of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def md5(path: Path) -> str:
+    """MD5 of a file, as DVC takes it; empty when there is no such file."""
+    return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _resolve(item: str, cell: Cell) -> str:
+    return item.replace("${item.dataset}", cell.dataset).replace("${key}", str(cell))
+
+
+def _at(values: dict[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values[part]
+    return values
+
+
+def _flatten(dotted: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {dotted: value}
+    return {name: leaf for part, inner in value.items() for name, leaf in _flatten(f"{dotted}.{part}", inner).items()}

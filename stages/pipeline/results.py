@@ -1,0 +1,92 @@
+"""What the files say of a cell: one flat row of numbers, the loss curve, and the table of a sweep."""
+
+import csv
+from collections.abc import Iterable
+from typing import Any
+
+from stages import UserError
+from stages.pipeline import paths
+from stages.pipeline.figures import Line
+from stages.pipeline.params import Cell
+from stages.pipeline.stage import read_json
+
+IDENTITY = ("cell", "dataset", "schedule", "T", "seed")
+CLOCKED = ("train", "sample", "evaluate")
+
+# Heading of the table, key of the row, format.
+_COLUMNS = (
+    ("FID", "fid", ".4g"),
+    ("+-", "fid_error", ".2g"),
+    ("floor", "fid_floor", ".4g"),
+    ("accuracy", "accuracy", ".1%"),
+    ("sure", "confident", ".1%"),
+    ("eps-MSE", "eps_mse", ".4f"),
+    ("train s", "train_seconds", ".0f"),
+    ("fast s", "fast_seconds_per_image", ".3f"),
+    ("all-T s", "ancestral_seconds_per_image", ".3f"),
+)
+_LEGEND = """\
+FID of the fast set and its error; floor: the same for as many real images. accuracy: share of samples
+that the classifier gives the label they were drawn for; sure: share it gives any label with at least
+0.9 confidence. fast s, all-T s: seconds per image, few steps against all T."""
+
+
+def row(cell: Cell) -> dict[str, Any]:
+    """Everything measured of a cell, flat: scores under their names, clock readings as `STAGE_NAME`.
+
+    A score `{value, error, floor}` becomes `name`, `name_error`, `name_floor`; those of the ancestral set start with
+    `ancestral_`; losses on the log-SNR grid are `name_at_LOGSNR`. Raises UserError when the cell is not evaluated yet.
+    """
+    path = paths.scores("evaluate", str(cell))
+    if not path.exists():
+        raise UserError(f"cell {cell} has no {path}; `dvc repro evaluate@{cell}` makes it")
+    scores = read_json(path)
+    flat: dict[str, Any] = dict(zip(IDENTITY, (str(cell), cell.dataset, cell.schedule, cell.T, cell.seed), strict=True))
+    flat |= _numbers("", scores["fast"]) | _numbers("", {key: value for key, value in scores.items() if key != "fast"})
+    for point in scores["logsnr_grid"]:
+        flat |= {f"{key}_at_{point['logsnr']:g}": value["value"] for key, value in point.items() if key != "logsnr"}
+    for stage in CLOCKED:
+        if (timing := paths.timing(stage, str(cell))).exists():
+            flat |= _numbers(f"{stage}_", read_json(timing))
+    for kind in ("fast", "ancestral"):
+        if rate := flat.get(f"sample_{kind}_images_per_sec"):
+            flat[f"{kind}_seconds_per_image"] = 1 / rate
+    return flat
+
+
+def loss_curve(cell: Cell) -> list[dict[str, float]]:
+    """The rows of a cell's loss curve; a value that was not measured in a row is left out of it."""
+    path = paths.loss_curve(str(cell))
+    if not path.exists():
+        raise UserError(f"cell {cell} has no {path}; `dvc repro train@{cell}` makes it")
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def loss_lines(curve: list[dict[str, float]]) -> list[Line]:
+    """The two losses of a curve, by images seen, ready to plot."""
+    return [
+        Line(name.replace("_", " "), [row["images"] for row in curve if name in row], [row[name] for row in curve if name in row])
+        for name in ("train_loss", "val_loss")
+    ]
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as plain text, at most 100 columns wide, with a legend."""
+    lines = [["cell", *(heading for heading, _, _ in _COLUMNS)]]
+    for row in rows:
+        lines.append([row["cell"], *(format(row[key], spec) if key in row else "-" for _, key, spec in _COLUMNS)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _LEGEND])
+
+
+def _numbers(prefix: str, values: dict[str, Any]) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        name = prefix.removesuffix("_") if key == "value" else prefix + key
+        if isinstance(value, dict) and key != "sampling":
+            flat |= _numbers(f"{name}_", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[name] = value
+    return flat
