@@ -57,4 +57,4 @@ def load_classifier(path: Path) -> Classifier:
     weights, about = load_tensors(path)
     net = Classifier(**about["classifier"])
     net.load_state_dict(weights)
-    return net.to(device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return net.to(device()).to(memory_format=torch.channels_last).eval()

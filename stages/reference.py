@@ -1,0 +1,62 @@
+"""Measure real images against real ones: the statistics that samples are compared with, and the floor of every score.
+
+Reads data/prepared/D and the extractor; writes models/reference/D.safetensors and metrics/reference/D.json.
+Run: python -m stages.reference DATASET
+"""
+
+import numpy as np
+import torch
+
+from stages import UserError
+from stages.datasets.images import to_float
+from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
+from stages.fidelity.frechet import fit_gaussian, frechet_distance
+from stages.networks.classifier import CHUNK, classify
+from stages.pipeline import paths
+from stages.pipeline.checkpoint import load_classifier, load_tensors, save_tensors
+from stages.pipeline.stage import progress, run, write_json
+
+DRAWS = 10  # disjoint sets of N train images at most; each is measured as if it were a set of samples
+
+
+def main(dataset: str, sample__images: int) -> None:
+    """Embed the test split and draws from the train split, measure, write."""
+    train, _ = load_tensors(paths.prepared(dataset) / "train.safetensors")
+    test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
+    N, n = sample__images, len(train["images"])
+    if n < N:
+        raise UserError(f"params.yaml: sample.images = {N} must be at most {n}: the floor needs as many train images")
+    sets = torch.randperm(n, generator=torch.Generator().manual_seed(0)).split(N)[: min(DRAWS, n // N)]
+
+    chunks = torch.cat([test["images"], train["images"][torch.cat(sets)]]).split(CHUNK)
+    net = load_classifier(paths.extractor(dataset))
+    embedded = classify(net, map(to_float, progress(chunks, total=len(chunks), unit="chunk", label="reference")))
+    (features, *set_features), (probabilities, *set_probabilities) = (
+        x.split([len(test["labels"]), *map(len, sets)]) for x in embedded
+    )
+
+    real = fit_gaussian(features)
+    frequencies = np.bincount(test["labels"], minlength=probabilities.shape[1]) / real.n
+    fids = [frechet_distance(real, fit_gaussian(f)) for f in set_features]
+    tvs = [class_tv(frequencies, class_histogram(p))[0] for p in set_probabilities]
+    saved = {"mean": real.mean, "cov": real.cov, "class_frequencies": frequencies}
+    save_tensors(paths.reference(dataset), {key: torch.from_numpy(value) for key, value in saved.items()}, images=real.n)
+    scores = {
+        "test_images": real.n,
+        "images": N,
+        "draws": len(sets),
+        "fid": _mean_and_sd(fids),
+        "class_tv": _mean_and_sd(tvs),
+        "accuracy": dict(zip(("value", "error"), accuracy(test["labels"], probabilities), strict=True)),
+        "confident": dict(zip(("value", "error"), confident(probabilities), strict=True)),
+        "class_frequencies": frequencies.tolist(),
+    }
+    write_json(paths.scores("reference", dataset), scores)
+
+
+def _mean_and_sd(values: list[float]) -> dict[str, float | None]:
+    return {"value": float(np.mean(values)), "error": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+if __name__ == "__main__":
+    run(main)
