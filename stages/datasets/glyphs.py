@@ -37,7 +37,7 @@ FONT_PACKAGES = {  # distribution -> the files of it that are wanted; licences t
 WEIGHTS = (200, 350, 500, 700)  # drawn from a font of variable weight
 FIELD = 128  # pixels per side of a distance field
 LARGE = 2 * FIELD  # pixels per side of the drawing that it is measured on
-FILL = 0.84  # share of the field's side between the highest and the lowest ink of a face
+FILL = 0.8  # share of the field's side between the highest and the lowest ink of a face
 KNOTS = 5  # per side, of the random grid that an elastic distortion is interpolated from
 BATCH = 256  # images warped at once
 
@@ -113,7 +113,7 @@ def _faces(name: str, content: bytes) -> Iterator[ImageFont.FreeTypeFont]:
         yield font
         return
     for weight in WEIGHTS:
-        font.set_variation_by_axes([weight if axis["name"] == b"Weight" else axis["default"] for axis in axes])
+        font.set_variation_by_axes([weight if axis["name"] == b"Weight" else axis["default"] or 0 for axis in axes])
         yield font
 
 
@@ -156,9 +156,7 @@ def _balanced_labels(count: int, seed: int, split: int) -> Tensor:
     return torch.from_numpy(order[:count].astype(np.int64))
 
 
-def _draw_split(
-    fields: Tensor, families: list[list[int]], size: int, count: int, seed: int, split: int
-) -> tuple[Tensor, Tensor]:
+def _draw_split(fields: Tensor, families: list[list[int]], size: int, count: int, seed: int, split: int) -> tuple[Tensor, Tensor]:
     labels = _balanced_labels(count, seed, split)
     images = torch.empty(count, 1, size, size, dtype=torch.uint8)
     for start in range(0, count, BATCH):
@@ -169,25 +167,25 @@ def _draw_split(
     return images, labels
 
 
-def _draw(rng: np.random.Generator, families: list[list[int]], size: int) -> tuple[NDArray[np.generic], ...]:
+def _draw(rng: np.random.Generator, families: list[list[int]], size: int) -> tuple[NDArray[np.float32] | np.int64, ...]:
     """Everything random about one image: its face, affine map (2, 3), elastic knots, tones, and the grain of its paper."""
     face = rng.choice(families[rng.integers(len(families))])
-    turn, slant = math.radians(rng.normal(0, 5)), rng.normal(0.05, 0.15)
-    across, down = rng.uniform(0.95, 1.3) * np.exp(rng.normal(0, 0.06, 2))
+    turn, slant = math.radians(rng.normal(0, 4)), rng.normal(0.05, 0.12)
+    across, down = rng.uniform(0.88, 1.12) * np.exp(rng.normal(0, 0.04, 2))
     # Where each pixel of the image comes from, in [-1, 1] of the field: zoomed, slanted, turned, moved.
     linear = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]] @ np.array([[1, slant], [0, 1]])
-    affine = np.column_stack([linear * [across, down], rng.uniform(-0.1, 0.1, 2)])
+    affine = np.column_stack([linear * [across, down], rng.uniform(-0.08, 0.08, 2)])
     knots = rng.normal(0, 1, (3, KNOTS, KNOTS)) * np.array([0.045, 0.045, 4])[:, None, None]  # across, down, shade
     tones = np.array(
         [
-            rng.uniform(-0.3, 1.1),  # how much bolder, in pixels of the field
+            rng.uniform(0, 1.1),  # how much bolder, in pixels of the field
             rng.uniform(0.6, 1.0),  # sharpness of the edge
             rng.uniform(15, 80),  # ink
             rng.uniform(205, 240),  # paper
         ]
     )
     grain = rng.uniform(2, 6) * rng.standard_normal((size, size), np.float32)
-    return np.int64(face), *(np.float32(part) for part in (affine, knots, tones, grain))
+    return np.int64(face), *(part.astype(np.float32) for part in (affine, knots, tones, grain))
 
 
 def _ink(fields: Tensor, affine: Tensor, knots: Tensor, tones: Tensor, grain: Tensor) -> Tensor:

