@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from stages.diffusion.schedules import SCHEDULES, cosine, linear
+
+TS = (25, 100, 200, 1000)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("T", TS)
+def test_alpha_bar_falls_strictly_inside_0_1(name, T):
+    alpha_bar = SCHEDULES[name](T)
+    assert alpha_bar.shape == (T,)
+    assert alpha_bar.dtype == np.float64
+    assert (0 < alpha_bar).all()
+    assert (alpha_bar < 1).all()
+    assert (np.diff(alpha_bar) < 0).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_t_0_already_carries_noise_and_the_end_is_nearly_pure_noise(name):
+    alpha_bar = SCHEDULES[name](1000)
+    assert 1e-5 < 1 - alpha_bar[0] < 1e-3
+    assert alpha_bar[-1] < 1e-4
+
+
+def test_published_values():
+    # Terminal signal rates sqrt(alpha_bar) of Lin et al. 2023, table 1: 0.00635 and 4.93e-5, to the digits printed there.
+    assert np.sqrt(linear(1000)[-1]) == pytest.approx(0.00635, abs=5e-6)
+    assert np.sqrt(cosine(1000)[-1]) == pytest.approx(4.93e-5, abs=5e-8)
+
+
+def test_values_are_frozen():
+    """A published schedule is never changed: a new one gets a new name, or every trained cell would mean something else."""
+    pinned = {
+        "linear": [0.999, 0.0741969967, 2.03900898e-05],
+        "linear_unscaled": [0.9999, 0.777180083, 0.363563248],
+        "cosine": [0.999368718, 0.49384359, 2.42857228e-07],
+    }
+    for name, values in pinned.items():
+        alpha_bar = SCHEDULES[name](100)
+        assert alpha_bar[[0, 49, 99]] == pytest.approx(values, rel=1e-8), name
+
+
+def test_rescaled_linear_keeps_the_amount_of_noise_whatever_T():
+    # The last log-SNR moves by less than 1 from T = 100 to T = 1000; without rescaling it moves by about 9.5.
+    def last(name, T):
+        a = SCHEDULES[name](T)[-1]
+        return np.log(a / (1 - a))
+
+    assert abs(last("linear", 100) - last("linear", 1000)) < 1
+    assert abs(last("linear_unscaled", 100) - last("linear_unscaled", 1000)) > 9
+
+
+@pytest.mark.parametrize("T", [1, 10, 20])
+def test_linear_refuses_small_T(T):
+    with pytest.raises(ValueError, match=rf"'linear' needs T > 20, not T = {T}.*'cosine'"):
+        linear(T)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_T_0_is_refused(name):
+    with pytest.raises(ValueError, match="T = 0"):
+        SCHEDULES[name](0)

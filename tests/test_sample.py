@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stages import sample
+from stages.networks.unet import UNet
+from stages.pipeline import checkpoint, params, paths
+
+CELL = params.Cell("toy", "cosine", 12, 1)
+NETWORK = {
+    "stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": [], "conditional": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """An untrained network with weights that do something, and sizes small enough to draw from it in a second."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = UNet(size=8, num_classes=3, **NETWORK)
+    for weights in net.parameters():
+        torch.nn.init.normal_(weights, std=0.2)
+    about = {"size": 8, "num_classes": 3, "network": NETWORK, "diffusion": {"prediction": "v"}}
+    checkpoint.save_tensors(paths.weights(str(CELL)) / "ema.safetensors", net.state_dict(), **about)
+    paths.prepared("toy").mkdir(parents=True)
+    (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"images_per_class": {"test": [2, 1, 1]}}))
+    return params.Sample(
+        images=10, ancestral_images=5, guidance=0.3, precision="fp32", chunk=4,
+        fast=params.FastSampler(sampler="ddim", steps=4, eta=0.0), ancestral=params.AncestralSampler(sampler="ddpm"),
+    )  # fmt: skip
+
+
+def drawn(name):
+    return checkpoint.load_tensors(paths.samples(str(CELL)) / f"{name}.safetensors")
+
+
+def test_writes_both_sets_a_grid_and_an_animation(options):
+    measured = sample.main(CELL, options)
+    (fast, how), (ancestral, _) = drawn("fast"), drawn("ancestral")
+    assert fast["images"].shape == (10, 1, 8, 8)
+    assert fast["images"].dtype == torch.uint8
+    assert ancestral["images"].shape == (5, 1, 8, 8)
+    assert how["network_evaluations"] == 8  # four steps, twice for guidance
+    assert measured["fast_images_per_sec"] > 0
+    folder = paths.samples(str(CELL))
+    assert Image.open(folder / "grid.png").size == ((10 * 9 + 1) * 2, (3 * 9 + 1) * 2)
+    assert Image.open(folder / "denoising.gif").n_frames == 12
+
+
+@pytest.mark.parametrize("name", ["fast", "ancestral"])
+def test_image_i_does_not_depend_on_how_many_are_asked_for(options, name):
+    sample.main(CELL, options)
+    few, _ = drawn(name)
+    sample.main(CELL, options.model_copy(update={"images": 13, "ancestral_images": 9}))
+    many, _ = drawn(name)
+    n = len(few["images"])
+    assert torch.equal(many["images"][:n], few["images"])
+    assert torch.equal(many["labels"][:n], few["labels"])
+    sample.main(params.Cell("toy", "cosine", 12, 1), options.model_copy(update={"guidance": 0.0}))
+    assert not torch.equal(drawn(name)[0]["images"], few["images"])  # what does matter shows
+
+
+def test_classes_come_at_their_frequencies_in_every_stretch():
+    labels = sample.class_sequence(torch.arange(1000), [5, 3, 2]).numpy()
+    for stretch in (labels, labels[:100], labels[333:433]):
+        # The discrepancy of the golden-ratio sequence over 100 points is below 0.03 for each class.
+        assert np.abs(np.bincount(stretch, minlength=3) / len(stretch) - [0.5, 0.3, 0.2]).max() < 0.03
+    assert sample.class_sequence(torch.arange(50), [1, 0, 1]).unique().tolist() == [0, 2]
+
+
+def test_grid_has_the_classes_in_order_and_blanks_where_there_are_too_few():
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+    pixels = sample.class_grid(images, np.array([1, 0, 1, 0, 1, 1]), 2)[2::6, 2::6]  # scale 2, gap 1: one pixel of each image
+    assert pixels.tolist() == [[1, 3] + [128] * 8, [0, 2, 4, 5] + [128] * 6]
+
+
+def test_an_unconditional_network_asks_for_no_label(options):
+    weights, about = checkpoint.load_tensors(paths.weights(str(CELL)) / "ema.safetensors")
+    about["network"]["conditional"] = False
+    checkpoint.save_tensors(paths.weights(str(CELL)) / "ema.safetensors", weights, **about)
+    sample.main(CELL, options.model_copy(update={"guidance": 0.0}))
+    assert drawn("fast")[0]["labels"].unique().tolist() == [-1]
