@@ -1,0 +1,201 @@
+"""Extractor, reference and evaluate on one small dataset: bars whose position is the class."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages import UserError, evaluate, extractor, reference
+from stages.diffusion.process import alpha_bar_of
+from stages.fidelity.frechet import Gaussian
+from stages.networks.unet import UNet
+from stages.pipeline import params, paths
+from stages.pipeline.checkpoint import load_classifier, load_tensors, save_tensors
+from stages.pipeline.stage import read_json, write_json
+
+SIZE, CLASSES, N = 16, 3, 200
+EXTRACTOR = params.Extractor(images=1600, batch=32, lr=3e-3, seed=0)
+EVALUATE = params.Evaluate(images=96, draws=2, logsnr=[-2.0, 0.0, 3.0], min_scored=50)
+NETWORK = params.Network(
+    stem_resolution=16,
+    base_channels=8,
+    channel_mult=[1],
+    blocks_per_level=1,
+    attention_levels=[],
+    conditional=True,
+)
+
+
+def bars(n: int, seed: int) -> dict[str, Tensor]:
+    """Noisy images of one bright row, at a third of the height for each class."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (n,), generator=rng)
+    images = torch.randint(0, 100, (n, 1, SIZE, SIZE), generator=rng)
+    images[torch.arange(n), 0, 3 + 5 * labels] += 120
+    return {"images": images.to(torch.uint8), "labels": labels}
+
+
+def save_network(cell: params.Cell) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = UNet(size=SIZE, num_classes=CLASSES, **NETWORK.model_dump())
+        nn.init.normal_(net.head[-1].weight, std=0.1)  # it starts at zero, where every level would look alike
+    about = {"size": SIZE, "num_classes": CLASSES, "network": NETWORK.model_dump(), "diffusion": {"prediction": "v"}}
+    save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory where the extractor and the reference of the dataset `bars` are made."""
+    folder = tmp_path_factory.mktemp("tree")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_tensors(paths.prepared("bars") / "train.safetensors", bars(2 * N + 50, seed=0))
+        save_tensors(paths.prepared("bars") / "test.safetensors", bars(120, seed=1))
+        write_json(paths.prepared("bars") / "dataset.json", {"class_names": ["top", "middle", "bottom"]})
+        extractor.main("bars", EXTRACTOR)
+        reference.main("bars", N)
+        yield folder
+
+
+def score(drawn: dict[str, Tensor], min_scored: int = 50) -> dict[str, Any]:
+    tensors, about = load_tensors(paths.reference("bars"))
+    real = Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"])
+    floors = read_json(paths.scores("reference", "bars"))
+    return evaluate.score_set(load_classifier(paths.extractor("bars")), real, floors, drawn, min_scored)
+
+
+def test_extractor_learns_and_repeats_itself(tree: Path) -> None:
+    scores = read_json(paths.scores("extractor", "bars"))
+    assert scores["accuracy"]["value"] > 0.95
+    assert scores["features"] == 128
+    before = paths.extractor("bars").read_bytes()
+    extractor.main("bars", EXTRACTOR)
+    assert paths.extractor("bars").read_bytes() == before
+    assert read_json(paths.scores("extractor", "bars")) == scores
+
+
+def test_extractor_stops_at_a_loss_that_is_no_number() -> None:
+    train = bars(64, seed=0)
+    with pytest.raises(UserError, match=r"the loss is nan at step \d+ of 50; lower extractor.lr = 1e\+30"):
+        extractor.fit(train["images"], train["labels"], CLASSES, EXTRACTOR.model_copy(update={"lr": 1e30}))
+
+
+def test_reference_measures_disjoint_draws_of_n(tree: Path) -> None:
+    floors = read_json(paths.scores("reference", "bars"))
+    assert (floors["images"], floors["draws"], floors["test_images"]) == (N, 2, 120)
+    assert floors["fid"]["value"] > 0 < floors["fid"]["error"]
+    assert floors["accuracy"] == read_json(paths.scores("extractor", "bars"))["accuracy"]
+    labels = load_tensors(paths.prepared("bars") / "test.safetensors")[0]["labels"]
+    assert floors["class_frequencies"] == pytest.approx((labels.bincount(minlength=CLASSES) / 120).tolist())
+
+
+def test_reference_refuses_more_images_than_there_are(tree: Path) -> None:
+    with pytest.raises(UserError, match=r"sample.images = 451 must be at most 450"):
+        reference.main("bars", 451)
+
+
+def test_real_images_score_near_the_floor_and_spoilt_ones_do_not(tree: Path) -> None:
+    real = bars(N, seed=2)
+    good = score(real)
+    assert good["fid"]["value"] < good["fid"]["floor"] + 3 * good["fid"]["error"]
+    assert good["accuracy"]["value"] > 0.95
+    assert good["accuracy"]["floor"] == read_json(paths.scores("reference", "bars"))["accuracy"]["value"]
+    spoilt = score({"images": real["images"].flip(2), "labels": real["labels"]})  # upside down: top becomes bottom
+    assert spoilt["accuracy"]["value"] < 0.6
+    one_class = real["labels"] == 0
+    collapsed = score({key: value[one_class].repeat(8, *[1] * (value.ndim - 1))[:N] for key, value in real.items()})
+    assert collapsed["class_tv"]["value"] > 0.5
+    assert collapsed["fid"]["value"] > 5 * good["fid"]["floor"]
+
+
+def test_set_scores_say_what_they_cannot_know(tree: Path) -> None:
+    small = score(bars(40, seed=3))
+    assert small["scored"] is False
+    assert not {"fid", "class_tv"} & small.keys()
+    assert sum(small["class_histogram"]) == small["images"] == 40
+    other = score(bars(60, seed=3))
+    assert other["scored"] is True
+    assert other["fid"]["floor"] is other["class_tv"]["floor"] is None  # they were measured at another N
+    unlabelled = bars(60, seed=3) | {"labels": torch.full((60,), -1)}
+    assert score(unlabelled)["accuracy"] is None
+
+
+class Silent(nn.Module):
+    """A network that always says zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x_t)
+
+
+class Informed(Silent):
+    """The exact v of images that are -0.5 everywhere."""
+
+    def forward(self, x_t: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
+        a = logsnr.double().sigmoid().reshape(-1, 1, 1, 1)
+        eps = (x_t + 0.5 * a.sqrt()) / (1 - a).sqrt()
+        return (a.sqrt() * eps + 0.5 * (1 - a).sqrt()).float()
+
+
+def errors_of(net: nn.Module, prediction: str, level: float) -> tuple[Tensor, Tensor]:
+    x0, y = torch.full((300, 1, 8, 8), -0.5), torch.zeros(300, dtype=torch.long)
+    alpha_bar = alpha_bar_of(torch.full((300,), level))
+    return evaluate.squared_errors(net, prediction, x0, y, alpha_bar, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+
+
+def test_squared_errors_of_known_networks() -> None:
+    x0_errors, eps_errors = errors_of(Silent(), "x0", 1.0)
+    assert x0_errors == pytest.approx(torch.full((300,), 0.25, dtype=torch.float64))
+    x0_errors, eps_errors = errors_of(Silent(), "eps", 1.0)
+    assert eps_errors.mean() == pytest.approx(1, abs=5 * (2 / (300 * 64)) ** 0.5)  # a mean of squared normals
+    x0_errors, eps_errors = errors_of(Informed(), "v", 1.0)
+    assert max(x0_errors.max(), eps_errors.max()) < 1e-10  # float32 rounding, squared: (1e-6)^2 and room
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_both_errors_differ_by_the_signal_to_noise_ratio(prediction: str) -> None:
+    # x_t fixes one by the other: x0_hat - x0 = -(sigma / alpha) (eps_hat - eps); float32, hence 1e-4.
+    x0_errors, eps_errors = errors_of(Silent(), prediction, 1.5)
+    assert eps_errors == pytest.approx(x0_errors * torch.tensor(1.5).exp().double(), rel=1e-4)
+
+
+def test_grid_compares_across_schedules_and_eps_mse_does_not(tree: Path) -> None:
+    cells = [params.Cell("bars", "cosine", 50, 0), params.Cell("bars", "linear", 100, 0)]
+    for cell in cells:
+        save_network(cell)
+    first, second = (evaluate.measure_losses(cell, EVALUATE) for cell in cells)
+    assert first["logsnr_grid"] == second["logsnr_grid"]
+    assert [point["logsnr"] for point in first["logsnr_grid"]] == EVALUATE.logsnr
+    assert first["eps_mse"]["value"] != second["eps_mse"]["value"]
+    assert first["eps_mse"]["error"] > 0
+    with pytest.raises(UserError, match=r"evaluate.images = 121 must be at most 120, the test images of bars"):
+        evaluate.measure_losses(cells[0], EVALUATE.model_copy(update={"images": 121}))
+
+
+def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = params.Cell("bars", "cosine", 50, 0)
+    save_network(cell)
+    for name, n in (("fast", N), ("ancestral", 20)):
+        save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5)
+    published = []
+    monkeypatch.setattr(
+        evaluate.tracking, "publish", lambda cell: published.append(paths.scores("evaluate", str(cell)).read_bytes())
+    )
+    evaluate.main(cell, EVALUATE)
+    evaluate.main(cell, EVALUATE)
+    assert published[0] == published[1]
+    scores = json.loads(published[0])
+    assert scores.keys() == {"fast", "ancestral", "eps_mse", "logsnr_grid"}
+    assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5}
+    assert scores["fast"]["scored"]
+    assert not scores["ancestral"]["scored"]
+    for name in ("fid", "class_tv", "accuracy", "confident", "confident_ratio"):
+        assert scores["fast"][name].keys() == {"value", "error", "floor"}
