@@ -35,7 +35,7 @@ FONT_PACKAGES = {  # distribution -> the files of it that are wanted; licences t
     "matplotlib": r"DejaVuSans(Mono)?(-Bold)?\.ttf",
 }
 WEIGHTS = (200, 350, 500, 700)  # drawn from a font of variable weight
-FIELD = 128  # pixels per side of a distance field
+FIELD = 96  # pixels per side of a distance field
 LARGE = 2 * FIELD  # pixels per side of the drawing that it is measured on
 FILL = 0.8  # share of the field's side between the highest and the lowest ink of a face
 KNOTS = 5  # per side, of the random grid that an elastic distortion is interpolated from
@@ -178,7 +178,7 @@ def _draw(rng: np.random.Generator, families: list[list[int]], size: int) -> tup
     knots = rng.normal(0, 1, (3, KNOTS, KNOTS)) * np.array([0.045, 0.045, 4])[:, None, None]  # across, down, shade
     tones = np.array(
         [
-            rng.uniform(0, 1.1),  # how much bolder, in pixels of the field
+            rng.uniform(0, 0.8),  # how much bolder, in pixels of the field
             rng.uniform(0.6, 1.0),  # sharpness of the edge
             rng.uniform(15, 80),  # ink
             rng.uniform(205, 240),  # paper
