@@ -248,13 +248,17 @@ def load(path: Path = PARAMS) -> Params:
 
 def merged(profile: Path, path: Path = PARAMS) -> str:
     """The text of params.yaml with the values of a profile, comments kept. Raises UserError when the result is not valid."""
+    load(path)  # what is wrong with it already is told as ever
+    changes = read_yaml(profile)
+    if not isinstance(changes, dict):
+        raise UserError(f"{profile} must map sections to what changes in them, like {PARAMS}")
     yaml = YAML()  # round-trip
     yaml.width, yaml.preserve_quotes = 4096, True
     yaml.representer.add_representer(
         type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     values = yaml.load(path.read_text(encoding="utf-8"))
-    _overwrite(values, read_yaml(profile), where=f"{profile}: ")
+    _overwrite(values, changes, where=f"{profile}: ")
     text = io.StringIO()
     yaml.dump(values, text)
     _check(YAML(typ="safe", pure=True).load(text.getvalue()), profile)
@@ -265,10 +269,11 @@ def _overwrite(values: Any, changes: dict[str, Any], where: str) -> None:
     for key, change in changes.items():
         if key not in values:
             raise UserError(f"{where}{key} is no key of {PARAMS}; known here: {', '.join(values)}")
-        if isinstance(change, dict):
+        if isinstance(change, dict) and isinstance(values[key], dict):
             _overwrite(values[key], change, f"{where}{key}.")
-        elif isinstance(change, list):
+        elif isinstance(change, list) and isinstance(values[key], list):
             values[key][:] = change  # the list stays the same object, for a comment behind it belongs to it
+            values[key].fa.set_flow_style()
         else:
             values[key] = change
 

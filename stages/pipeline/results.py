@@ -18,17 +18,17 @@ _COLUMNS = (
     ("FID", "fid", ".4g"),
     ("+-", "fid_error", ".2g"),
     ("floor", "fid_floor", ".4g"),
-    ("accuracy", "accuracy", ".1%"),
+    ("acc", "accuracy", ".1%"),
     ("sure", "confident", ".1%"),
     ("eps-MSE", "eps_mse", ".4f"),
-    ("train s", "train_seconds", ".0f"),
-    ("fast s", "fast_seconds_per_image", ".3f"),
-    ("all-T s", "ancestral_seconds_per_image", ".3f"),
+    ("train", "train_seconds", ".0f"),
+    ("fast", "fast_seconds_per_image", ".3f"),
+    ("all T", "ancestral_seconds_per_image", ".3f"),
 )
 _LEGEND = """\
-FID of the fast set and its error; floor: the same for as many real images. accuracy: share of samples
-that the classifier gives the label they were drawn for; sure: share it gives any label with at least
-0.9 confidence. fast s, all-T s: seconds per image, few steps against all T."""
+FID of the fast set and its error; floor: the same for as many real images. acc: share of samples that
+the classifier gives the label they were drawn for; sure: share it gives any label with at least 0.9
+confidence. train: seconds; fast, all T: seconds per image with few steps and with all T."""
 
 
 def row(cell: Cell) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def publish(cell: Cell) -> None:
     def work(client: "MlflowClient", experiment: str) -> str:
         runs = client.search_runs([experiment], f"tags.`naqsh.cell` = '{cell}'")
         _write(client, experiment, _read(Tree.read(), cell), list(runs), {})
-        return str(cell)
+        return f"recorded {cell}"
 
     _with_store(work)
 

@@ -1,0 +1,57 @@
+# Naqsh: `make help` lists what a person can do. Every recipe runs in VENV, which is made when it is missing or out of date.
+VENV ?= .venv
+PYTHON ?= python3
+PORT ?= 5000
+ENTER = . "$(VENV)/bin/activate" &&
+
+export DVC_NO_ANALYTICS = 1
+export MLFLOW_DISABLE_TELEMETRY = true
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help repro test test-all lint ui sync profile prune lock
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@echo "TORCH=cpu with the first of them installs a small torch without CUDA; VENV=path uses another environment."
+
+repro: $(VENV)/.installed ## make every result that is missing or out of date, record it in MLflow, print the comparison
+	@$(ENTER) python -m stages.pipeline.plan plan && { \
+	  dvc repro --keep-going; code=$$?; \
+	  python -m stages.pipeline.tracking; python -m stages.pipeline.plan table; exit $$code; }
+
+test: $(VENV)/.installed-dev ## the quick tests
+	@$(ENTER) pytest
+
+test-all: $(VENV)/.installed-dev ## all tests, the slow ones too
+	@$(ENTER) pytest -m ""
+
+lint: $(VENV)/.installed-dev ## style and types
+	@$(ENTER) ruff check && ruff format --check && mypy
+
+ui: $(VENV)/.installed ## bring MLflow up to date and open its UI on 127.0.0.1:PORT
+	@$(ENTER) python -m stages.pipeline.tracking ui --port $(PORT)
+
+sync: $(VENV)/.installed ## bring MLflow up to date with the files
+	@$(ENTER) python -m stages.pipeline.tracking
+
+profile: $(VENV)/.installed ## merge profiles/NAME.yaml into params.yaml: make profile NAME=gpu
+	@$(ENTER) python -m stages.pipeline.plan profile "$(NAME)"
+
+prune: $(VENV)/.installed ## list the files of cells that are no longer in the sweep; YES=1 removes them
+	@$(ENTER) python -m stages.pipeline.plan prune $(if $(YES),--yes)
+
+lock: ## write constraints.txt anew, from the newest versions that work together
+	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/pip install -q ".[dev]" && \
+	  build/lock/bin/pip freeze --exclude naqsh > constraints.txt; rm -rf build/lock
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x "$(VENV)/bin/python" || { echo "Making $(VENV)"; $(PYTHON) -m venv "$(VENV)"; }
+	@$(if $(filter cpu,$(TORCH)),$(ENTER) pip install -q uv && uv pip install -q --torch-backend=cpu -c constraints.txt torch torchvision)
+	@echo "Installing the pinned packages; the first time takes some minutes"
+	@$(ENTER) pip install -q -c constraints.txt .
+	@touch "$@"
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(ENTER) pip install -q -c constraints.txt ".[dev]"
+	@touch "$@"

@@ -1,0 +1,152 @@
+"""params.yaml: what is refused, and in which words; what a profile does to the file."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages import UserError
+from stages.pipeline import params
+
+ROOT = Path(__file__).parents[2]
+VALID = params.read_yaml(ROOT / "params.yaml")
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "params.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(values, file)
+    return path
+
+
+def changed(dotted: str, value: Any) -> dict[str, Any]:
+    """The project's own parameters with one of them set; `...` removes it."""
+    values = copy.deepcopy(VALID)
+    *sections, key = dotted.split(".")
+    inner = values
+    for section in sections:
+        inner = inner[section]
+    if value is ...:
+        del inner[key]
+    else:
+        inner[key] = value
+    return values
+
+
+def test_the_projects_own_parameters_are_valid(tmp_path: Path) -> None:
+    loaded = params.load(write(tmp_path, VALID))
+    cells = list(map(str, loaded.sweep.cells()))
+    axes = (loaded.sweep.datasets, loaded.sweep.schedules, loaded.sweep.timesteps, loaded.sweep.seeds)
+    assert len(cells) == len(set(cells)) == len(axes[0]) * len(axes[1]) * len(axes[2]) * len(axes[3])
+    assert cells[0] == "-".join(str(axis[0]) for axis in axes)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "says"),
+    [
+        ("train.epochs", 3, ["train.epochs is not a known key", "images, batch"]),
+        ("trian", {}, ["trian is not a known key", "sweep, data"]),
+        ("data.mnist.pth", "x", ["data.mnist.pth is not a known key", "reader, size, path"]),
+        ("train.lr", ..., ["train.lr is missing"]),
+        ("train.images", "many", ["train.images = 'many'", "integer"]),
+        ("train.images", 1.5, ["train.images = 1.5", "integer"]),
+        ("train.deterministic", 1, ["train.deterministic = 1", "boolean"]),
+        ("train.lr", 0, ["train.lr = 0", "greater than 0"]),
+        ("train.lr", float("nan"), ["train.lr = nan", "finite"]),
+        ("train.label_dropout", 1.5, ["train.label_dropout = 1.5", "less than or equal to 1"]),
+        ("train.images", 100, ["train", "images = 100", "4 batches of 64"]),
+        ("sweep.timesteps", [0], ["sweep.timesteps.0 = 0", "greater than or equal to 1"]),
+        ("sweep.timesteps", ["200"], ["sweep.timesteps.0 = '200'", "integer"]),
+        ("sweep.schedules", [], ["sweep.schedules = []", "at least 1"]),
+        ("sweep.seeds", [0, 0], ["sweep", "seeds = [0, 0]", "once"]),
+        ("sweep.schedules", ["quadratic"], ["sweep", "'quadratic'", "linear, linear_unscaled, cosine"]),
+        ("sweep.timesteps", [10, 1000], ["sweep", "T = 10", "T > 20", "cosine"]),
+        ("sweep.datasets", ["emnist"], ["sweep.datasets", "'emnist'", "mnist, persian_glyphs"]),
+        ("sweep.datasets", ["MNIST-2"], ["sweep.datasets.0 = 'MNIST-2'", "a-z0-9_"]),
+        ("sample.fast.steps", 201, ["sample.fast.steps = 201", "at most", "200"]),
+        ("sample.fast.sampler", "euler", ["sample.fast.sampler = 'euler'", "ddpm", "ddim"]),
+        ("train.label_dropout", 0.0, ["sample.guidance = 0.3", "train.label_dropout > 0", "sample.guidance: 0"]),
+        ("data.mnist.size", 32, ["data.mnist.size = 32", "28"]),
+        ("data.mnist.reader", "idx", ["data.mnist", "mnist", "glyphs"]),
+        ("network.attention_levels", [2], ["network", "attention_levels = [2]", "0..1"]),
+        ("network.base_channels", 30, ["network.base_channels = 30", "multiple of 8"]),
+        ("sample.images", None, ["sample.images = None", "integer"]),
+    ],
+)
+def test_a_mistake_is_refused_by_key_value_and_what_is_allowed(tmp_path: Path, dotted: str, value: Any, says: list[str]) -> None:
+    path = write(tmp_path, changed(dotted, value))
+    with pytest.raises(UserError, match=re.escape(f"{path}: ")) as refused:
+        params.load(path)
+    for words in says:
+        assert words in str(refused.value)
+
+
+def test_every_mistake_is_told_on_a_line_of_its_own(tmp_path: Path) -> None:
+    values = changed("train.lr", 0)
+    values["sample"]["images"] = -1
+    with pytest.raises(UserError, match=r"train\.lr.*\n.*sample\.images"):
+        params.load(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(("text", "says"), [("a: [1", "is not YAML"), ("a: 1\na: 2", "is not YAML"), ("", "params.yaml")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(path))) as refused:
+        params.load(path)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="root of the repository"):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_an_unknown_cell_is_refused(tmp_path: Path) -> None:
+    loaded = params.load(write(tmp_path, VALID))
+    name = str(next(loaded.sweep.cells()))
+    assert str(params.find_cell(loaded, name)) == name
+    with pytest.raises(UserError, match=f"no cell 'mnist-cosine-7-0'; it has: {name}"):
+        params.find_cell(loaded, "mnist-cosine-7-0")
+
+
+@pytest.mark.parametrize("profile", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_profile_changes_its_values_and_keeps_every_comment(profile: Path, tmp_path: Path) -> None:
+    text = params.merged(profile, ROOT / "params.yaml")
+    (tmp_path / "params.yaml").write_text(text)
+    loaded = params.load(tmp_path / "params.yaml").model_dump()
+
+    def assert_holds(values: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for key, value in wanted.items():
+            if isinstance(value, dict):
+                assert_holds(values[key], value)
+            else:
+                assert values[key] == value, key
+
+    assert_holds(loaded, params.read_yaml(profile))
+    before = (ROOT / "params.yaml").read_text()
+    comments = [line.partition("#")[2] for line in before.splitlines()]
+    assert [line.partition("#")[2] for line in text.splitlines()] == comments
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: {epochs: 3}", "train.epochs is no key"),
+        ("trian: {images: 3}", "trian is no key"),
+        ("train: {lr: -1.0}", "train.lr = -1.0"),
+        ("train: 3", "train"),
+        ("[1]", "must map sections"),
+        ("sample: {fast: {steps: {a: 1}}}", "sample.fast.steps"),
+    ],
+)
+def test_a_wrong_profile_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(profile))) as refused:
+        params.merged(profile, ROOT / "params.yaml")
+    assert says in str(refused.value)

@@ -1,0 +1,224 @@
+"""Run keys, and what MLflow holds after publishing, publishing again, changing, losing and breaking things; files are made up."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from stages.pipeline import figures, params, paths, provenance, tracking
+from stages.pipeline.params import Cell
+
+ROOT = Path(__file__).parents[2]
+CELL, OTHER = Cell("mnist", "cosine", 200, 0), Cell("mnist", "linear", 200, 0)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database without experiments; to copy one is quicker than to make one."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+    """A working tree with the code and the parameters of the project, raw data that DVC knows, and the files of one cell."""
+    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "stages").rglob("*.py"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    lock = {"schema": "2.0", "stages": {"fetch@mnist": {"outs": [{"path": "data/raw/mnist", "md5": "0" * 32 + ".dir"}]}}}
+    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    make_files(CELL)
+    return tmp_path
+
+
+def make_files(cell: Cell, fid: float = 20.0) -> None:
+    score = {"value": fid, "error": 0.5, "floor": 11.8}
+    grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
+    scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
+    write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
+    write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
+    write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
+    write(paths.prepared(cell.dataset) / "dataset.json", "{}")
+    figures.save_png(paths.samples(str(cell)) / "grid.png", np.zeros((4, 4), np.uint8))
+    write(paths.samples(str(cell)) / "denoising.gif", "")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def runs(tree: Path) -> list[Run]:
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("naqsh")
+    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])) if experiment else []
+
+
+def edit(path: str, change: Callable[[str], str]) -> None:
+    before = Path(path).read_text()
+    Path(path).write_text(change(before))
+    assert Path(path).read_text() != before
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("stages/networks/unet.py", lambda text: text + "# changed\n"),
+        ("stages/fidelity/frechet.py", lambda text: text + "# changed\n"),
+        ("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0")),
+        ("params.yaml", lambda text: text.replace("min_scored: 500", "min_scored: 501")),
+        ("dvc.lock", lambda text: text.replace("0" * 32, "1" * 32)),
+    ],
+)
+@pytest.mark.usefixtures("tree")
+def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[str], str]) -> None:
+    before = provenance.key(CELL)
+    edit(path, change)
+    assert provenance.key(CELL) != before
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("stages/networks/unet.py", lambda text: text.replace("\n", "\r\n")),
+        ("stages/pipeline/tracking.py", lambda text: text + "# changed\n"),
+        ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),
+        ("params.yaml", lambda text: text.replace("train_images: 20000", "train_images: 20001")),
+        ("params.yaml", lambda text: text.replace("schedules: [linear, cosine]", "schedules: [cosine]")),
+        ("params.yaml", lambda text: text.replace("# length of training, counted in images", "")),
+    ],
+)
+@pytest.mark.usefixtures("tree")
+def test_key_ignores_what_decides_nothing(path: str, change: Callable[[str], str]) -> None:
+    before = provenance.key(CELL)
+    with Path(path).open(newline="") as file:
+        text = file.read()
+    with Path(path).open("w", newline="") as file:
+        file.write(change(text))
+    assert Path(path).read_bytes() != text.encode()
+    assert provenance.key(CELL) == before
+
+
+@pytest.mark.usefixtures("tree")
+def test_key_differs_between_cells_and_needs_raw_data() -> None:
+    cells = [CELL, OTHER, Cell("mnist", "cosine", 1000, 0), Cell("mnist", "cosine", 200, 1)]
+    assert len({provenance.key(cell) for cell in cells}) == len(cells)
+    with pytest.raises(params.UserError, match="dvc repro fetch@persian_glyphs"):
+        provenance.key(Cell("persian_glyphs", "cosine", 200, 0))
+
+
+def test_same_key_same_run_and_no_point_twice(tree: Path) -> None:
+    tracking.publish(CELL)
+    (first,) = runs(tree)
+    tracking.publish(CELL)
+    make_files(CELL, fid=21.0)
+    write(paths.timing("evaluate", str(CELL)), json.dumps({"seconds": 7.0}))
+    tracking.publish(CELL)
+    (second,) = runs(tree)
+    assert second.info.run_id == first.info.run_id
+    assert (first.data.metrics["fid"], second.data.metrics["fid"]) == (20.0, 21.0)
+    assert second.data.metrics["evaluate_seconds"] == 7.0
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    points = {
+        name: [(p.step, p.value) for p in client.get_metric_history(second.info.run_id, name)]
+        for name in ("train_loss", "val_loss")
+    }
+    assert points == {"train_loss": [(1, 0.9), (2, 0.8)], "val_loss": [(2, 0.85)]}
+    assert len(client.get_metric_history(second.info.run_id, "fid_floor")) == 1
+    assert len(second.inputs.dataset_inputs) == 1
+
+
+def test_a_new_key_makes_a_new_run_and_an_old_one_comes_back(tree: Path) -> None:
+    def flip(text: str) -> str:
+        return text.replace("grad_clip: 1.0", "grad_clip: X").replace("grad_clip: 2.0", "grad_clip: 1.0").replace("X", "2.0")
+
+    tracking.publish(CELL)
+    (first,) = runs(tree)
+    edit("params.yaml", flip)
+    tracking.publish(CELL)
+    assert {run.data.params["train.grad_clip"]: run.data.tags["current"] for run in runs(tree)} == {"1.0": "false", "2.0": "true"}
+    edit("params.yaml", flip)
+    tracking.publish(CELL)
+    assert len(runs(tree)) == 2
+    assert {run.data.params["train.grad_clip"]: run.data.tags["current"] for run in runs(tree)} == {"1.0": "true", "2.0": "false"}
+    assert first.info.run_id in {run.info.run_id for run in runs(tree)}
+
+
+def test_a_half_written_run_is_healed(tree: Path) -> None:
+    tracking.publish(CELL)
+    (run,) = runs(tree)
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    client.delete_tag(run.info.run_id, "naqsh.fingerprint")
+    client.update_run(run.info.run_id, status="RUNNING")
+    (Path(run.info.artifact_uri) / "samples/grid.png").unlink()
+    tracking.publish(CELL)
+    (healed,) = runs(tree)
+    assert (healed.info.status, "naqsh.fingerprint" in healed.data.tags) == ("FINISHED", True)
+    assert (Path(run.info.artifact_uri) / "samples/grid.png").exists()
+
+
+def test_sync_leaves_out_what_dvc_does_not_record(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tracking.sync()
+    assert "0 of 8 cells have results" in capsys.readouterr().out
+    assert not runs(tree)
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("http://127.0.0.1:9", "127.0.0.1"),
+        ("sqlite:///locked.db", "locked"),
+        ("sqlite:////proc/none/x.db", "none"),
+        ("gopher://x", "gopher"),
+    ],
+)
+def test_trouble_with_the_store_is_one_line_and_no_wait(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uri: str, says: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    with sqlite3.connect(tree / "locked.db") as other:
+        other.execute("begin exclusive")
+        start = time.perf_counter()
+        tracking.publish(CELL)
+        assert not tracking.sync()
+        assert time.perf_counter() - start < 20
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("MLflow: not recorded") and says in line for line in lines)
+
+
+def test_a_temporary_workspace_writes_to_the_original_store(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert provenance.workspace() == tree
+    for inside in (".dvc/tmp/exps/standalone/tmpabc", ".dvc/tmp/exps/tmpabc"):
+        (tree / inside).mkdir(parents=True)
+        monkeypatch.chdir(tree / inside)
+        assert provenance.workspace() == tree
+        assert tracking.store_uri() == f"sqlite:///{tree / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    assert tracking.store_uri() == f"sqlite:///{tree / 'mine.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking.store_uri() == "http://server:5000"
+
+
+def test_artifacts_lie_in_the_workspace(tree: Path) -> None:
+    tracking.publish(CELL)
+    (run,) = runs(tree)
+    root = Path(run.info.artifact_uri)
+    names = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert tree / "mlruns" in root.parents
+    assert {"samples/grid.png", "samples/denoising.gif", "data/dataset.json", "loss.png"} <= names

@@ -1,0 +1,174 @@
+"""The rooms of the house and the stage graph: who may import whom, and what dvc.yaml says against what the code does."""
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.pipeline import params, paths
+
+ROOT = Path(__file__).parents[1]
+SCIENCE = ("diffusion", "networks", "datasets", "fidelity")
+YAML_READERS = {"ruamel", "yaml"}
+SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "stages").rglob("*.py"))}
+GRAPH = params.read_yaml(ROOT / "dvc.yaml")["stages"]
+
+
+def imports(source: str, path: str = "") -> set[str]:
+    """Dotted names that a source imports, anywhere in it; `from a import b` counts as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source, path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: str) -> str:
+    """The folder of stages/ that a file lies in; empty for a stage."""
+    return path.removeprefix("stages/").rpartition("/")[0]
+
+
+def wrong_imports(sources: dict[str, str]) -> Iterator[str]:
+    """Every import that goes up or sideways, as `path imports name`."""
+    for path, source in sources.items():
+        for name in imports(source, path):
+            parts = name.split(".")
+            inside = parts[1] if parts[0] == "stages" and len(parts) > 1 else ""
+            wrong = {
+                "a stage is imported by nobody": parts[0] == "stages" and f"stages/{inside}.py" in sources,
+                "science imports its own room only": room(path) in SCIENCE and inside in {"pipeline", *SCIENCE} - {room(path)},
+                "tracking alone imports mlflow": parts[0] == "mlflow" and path != "stages/pipeline/tracking.py",
+                "params alone reads YAML": parts[0] in YAML_READERS and path != "stages/pipeline/params.py",
+                "only what runs stages knows DVC": parts[0] == "dvc",
+            }
+            yield from (f"{path} imports {name}: {rule}" for rule, broken in wrong.items() if broken)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("stages/diffusion/x.py", "from stages.pipeline import paths"),
+        ("stages/diffusion/x.py", "def f():\n    import stages.networks.unet"),
+        ("stages/pipeline/x.py", "from stages.train import main"),
+        ("stages/pipeline/x.py", "import mlflow.entities"),
+        ("stages/compare.py", "from ruamel.yaml import YAML"),
+        ("stages/pipeline/x.py", "import dvc.api"),
+    ],
+)
+def test_imports_go_down_only(path: str, source: str) -> None:
+    assert not list(wrong_imports(SOURCES))
+    assert list(wrong_imports(SOURCES | {path: source}))  # the check can fail
+
+
+def code_of(name: str, sources: dict[str, str]) -> str | None:
+    """The file of the module that a dotted name is, or lies in."""
+    path = name.replace(".", "/")
+    return next((file for file in (f"{path}.py", f"{path.rpartition('/')[0]}.py") if file in sources), None)
+
+
+def closure(stage: str, sources: dict[str, str]) -> set[str]:
+    """The files that can change a stage's result: its own and the science it imports, directly or through the loaders.
+
+    pipeline/ is plumbing, so what it imports does not count, but for the networks that functions of checkpoint.py build.
+    """
+    start = f"stages/{stage}.py"
+    found, waiting = {start}, [*imports(sources[start]), *built_by_loaders(sources[start], sources)]
+    while waiting:
+        file = code_of(waiting.pop(), sources)
+        if file and file not in found and room(file) in SCIENCE:
+            found.add(file)
+            waiting += imports(sources[file])
+    return found
+
+
+def built_by_loaders(source: str, sources: dict[str, str]) -> Iterator[str]:
+    """Dotted names of the science that those functions of checkpoint.py use which a source names."""
+    loaders = sources["stages/pipeline/checkpoint.py"]
+    known = {name.rpartition(".")[2]: name for name in imports(loaders)}
+    named = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    named |= {name.rpartition(".")[2] for name in imports(source)}
+    for function in ast.parse(loaders).body:
+        if isinstance(function, ast.FunctionDef) and function.name in named:
+            yield from (known[node.id] for node in ast.walk(function) if isinstance(node, ast.Name) and node.id in known)
+
+
+@pytest.mark.parametrize("stage", GRAPH)
+def test_code_deps_are_the_import_closure(stage: str) -> None:
+    listed = [dep for dep in GRAPH[stage]["deps"] if dep.endswith(".py")]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == closure(stage, SOURCES)
+
+
+def test_closure_follows_science_but_not_plumbing() -> None:
+    sources = {
+        "stages/a.py": "from stages.networks.n import f\nfrom stages.pipeline import checkpoint, plot\ncheckpoint.load()",
+        "stages/networks/n.py": "from stages.networks import deep",
+        "stages/networks/deep.py": "",
+        "stages/networks/loaded.py": "",
+        "stages/networks/unused.py": "",
+        "stages/pipeline/plot.py": "from stages.diffusion import s",
+        "stages/diffusion/s.py": "",
+        "stages/pipeline/checkpoint.py": "from stages.networks.loaded import L\nfrom stages.networks.unused import U\n"
+        "def load():\n    return L()\ndef other():\n    return U()",
+    }
+    expected = {"stages/a.py", "stages/networks/n.py", "stages/networks/deep.py", "stages/networks/loaded.py"}
+    assert closure("a", sources) == expected
+
+
+def declared(source: str) -> set[str]:
+    """The entries of `params:` that a stage's main asks for, by the names of its arguments."""
+    main = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    names = [argument.arg for argument in main.args.args if argument.arg not in ("dataset", "cell")]
+    return {"data.${item.dataset}" if name == "data" else name.replace("__", ".") for name in names}
+
+
+@pytest.mark.parametrize("stage", GRAPH)
+def test_params_are_those_that_main_asks_for(stage: str) -> None:
+    assert set(GRAPH[stage]["params"]) == declared(SOURCES[f"stages/{stage}.py"])
+
+
+def test_declared_params_follow_the_signature() -> None:
+    assert declared("def main(cell: C, data: D, sample__images: int): ...") == {"data.${item.dataset}", "sample.images"}
+
+
+def outs(stage: dict[str, Any]) -> set[str]:
+    entries = (*stage["outs"], *stage.get("plots", []), *stage.get("metrics", []))
+    return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
+
+
+def promised(stage: str) -> set[str]:
+    """The outputs of a stage by pipeline/paths.py."""
+    name = "${key}" if "schedule" in GRAPH[stage].get("matrix", {}) else "${item.dataset}"
+
+    def files(folder: Callable[[str], Path], *names: str) -> set[str]:
+        return {str(folder(name) / file) for file in names}
+
+    made = {
+        "fetch": {str(paths.raw(name))},
+        "prepare": files(paths.prepared, "train.safetensors", "test.safetensors", "dataset.json") | {str(paths.data_figures(name))},
+        "extractor": {str(paths.extractor(name)), str(paths.scores(stage, name))},
+        "reference": {str(paths.reference(name)), str(paths.scores(stage, name))},
+        "train": {str(paths.weights(name)), str(paths.loss_curve(name))},
+        "sample": files(paths.samples, "fast.safetensors", "ancestral.safetensors", "grid.png", "denoising.gif"),
+        "evaluate": {str(paths.scores(stage, name))},
+    }
+    return made[stage] | {str(paths.timing(stage, name))}
+
+
+@pytest.mark.parametrize("stage", [stage for stage in GRAPH if stage != "compare"])
+def test_outs_are_where_paths_says(stage: str) -> None:
+    assert outs(GRAPH[stage]) == promised(stage)
+
+
+def test_data_deps_are_made_by_an_earlier_stage() -> None:
+    made: set[str] = set()
+    for stage in GRAPH.values():
+        for dep in stage["deps"]:
+            if not dep.endswith(".py"):
+                assert any(f"{dep}/".startswith(f"{out}/") or f"{out}/".startswith(f"{dep}/") for out in made), dep
+        made |= outs(stage)
