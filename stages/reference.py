@@ -6,6 +6,7 @@ Run: python -m stages.reference DATASET
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stages import UserError
 from stages.datasets.images import to_float
@@ -26,7 +27,7 @@ def main(dataset: str, sample__images: int) -> None:
     N, n = sample__images, len(train["images"])
     if n < N:
         raise UserError(f"params.yaml: sample.images = {N} must be at most {n}: the floor needs as many train images")
-    sets = torch.randperm(n, generator=torch.Generator().manual_seed(0)).split(N)[: min(DRAWS, n // N)]
+    sets = balanced_order(train["labels"], torch.Generator().manual_seed(0)).split(N)[: min(DRAWS, n // N)]
 
     chunks = torch.cat([test["images"], train["images"][torch.cat(sets)]]).split(CHUNK)
     net = load_classifier(paths.extractor(dataset))
@@ -52,6 +53,22 @@ def main(dataset: str, sample__images: int) -> None:
         "class_frequencies": frequencies.tolist(),
     }
     write_json(paths.scores("reference", dataset), scores)
+
+
+def balanced_order(labels: Tensor, rng: torch.Generator) -> Tensor:
+    """A random order of images, (n,) int64 indices, in which every stretch holds the classes at their frequencies.
+
+    Samples are drawn so as well; sets with chance class counts would put the floor too high.
+
+    Args:
+        labels: (n,) int64.
+    """
+    order = torch.randperm(len(labels), generator=rng)
+    order = order[labels[order].argsort(stable=True)]  # by class, at random within it
+    counts = labels.bincount()
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    place = (rank + torch.rand(len(counts), generator=rng).repeat_interleave(counts)) / counts.repeat_interleave(counts)
+    return order[place.argsort(stable=True)]
 
 
 def _mean_and_sd(values: list[float]) -> dict[str, float | None]:

@@ -94,6 +94,16 @@ def test_reference_measures_disjoint_draws_of_n(tree: Path) -> None:
     assert floors["class_frequencies"] == pytest.approx((labels.bincount(minlength=CLASSES) / 120).tolist())
 
 
+def test_every_stretch_of_the_balanced_order_holds_the_classes_at_their_frequencies() -> None:
+    labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 200)
+    order = reference.balanced_order(labels, torch.Generator().manual_seed(0))
+    assert order.sort().values.tolist() == list(range(1000))
+    for stretch in order.split(100):  # both ends of a stretch may gain or lose an image of a class
+        assert labels[stretch].bincount() == pytest.approx(torch.tensor([50, 30, 20]), abs=2)
+    within = order[labels[order] == 0]
+    assert not within.equal(within.sort().values)
+
+
 def test_reference_refuses_more_images_than_there_are(tree: Path) -> None:
     with pytest.raises(UserError, match=r"sample.images = 451 must be at most 450"):
         reference.main("bars", 451)
