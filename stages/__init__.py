@@ -5,8 +5,7 @@ import sys
 
 if not all(importlib.util.find_spec(name) for name in ("pydantic", "torch", "safetensors")):
     sys.exit(
-        f"naqsh: {sys.executable} is not the project's environment. "
-        "Run `make repro`, or `. .venv/bin/activate` before `dvc repro`."
+        f"naqsh: {sys.executable} is not the project's environment. Run `make repro`, or `. .venv/bin/activate` before `dvc repro`."
     )
 
 

@@ -31,6 +31,7 @@ FRAMES, SHOWN = 40, 30  # of the animation
 def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     """Draw both sets in chunks of one fixed size; a chunk that is asked for in part is drawn whole."""
     device = checkpoint.device()
+    checkpoint.check_bf16(sample.precision)
     net, about = checkpoint.load_network(paths.weights(str(cell)) / "ema.safetensors")
     prediction, num_classes = about["diffusion"]["prediction"], about["num_classes"]
     alpha_bar = torch.from_numpy(SCHEDULES[cell.schedule](cell.T)).to(device)

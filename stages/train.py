@@ -35,7 +35,8 @@ Loss = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network, train: params.Train) -> dict[str, Any]:
     """Train with the whole split resident as one uint8 tensor; the randomness of a step is a function of (seed, step)."""
     device = checkpoint.device()
-    _set_precision(train.deterministic)
+    checkpoint.check_bf16(train.precision)
+    _set_kernels(train.deterministic)
 
     # Data: the end of the train split is held out, and never trained on.
     images, labels, val_images, val_labels = _split(cell, train.validation_images, device)
@@ -51,7 +52,7 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     weights, averages = list(net.parameters()), list(net_ema.parameters())
     optimizer = torch.optim.AdamW(weights, lr=train.lr, betas=(0.9, 0.99), weight_decay=train.weight_decay, fused=True)
-    loss_of = _loss(diffusion.prediction, alpha_bar)
+    loss_of = _loss(diffusion.prediction, alpha_bar, train.precision)
 
     # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
     steps = math.ceil(train.images / train.batch)
@@ -141,10 +142,10 @@ def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tens
     return images[:-held_out], labels[:-held_out], images[-held_out:], labels[-held_out:]
 
 
-def _loss(prediction: process.Prediction, alpha_bar: Tensor) -> Loss:
+def _loss(prediction: process.Prediction, alpha_bar: Tensor, precision: params.Precision) -> Loss:
     def loss_of(net: UNet, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         a = alpha_bar[t]
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=x0.is_cuda):
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = net(process.q_sample(x0, a, eps), process.logsnr(a), y)
         return (output.float() - process.target(prediction, x0, eps, a)).square().mean()
 
@@ -172,7 +173,7 @@ def _finite_mean(losses: list[Tensor], step: int) -> float:
     return float(values.mean())
 
 
-def _set_precision(deterministic: bool) -> None:
+def _set_kernels(deterministic: bool) -> None:
     """TF32 and the fastest kernels on CUDA, or the deterministic ones; a CPU is deterministic as it is."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True

@@ -10,9 +10,8 @@ from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 
 CELL = params.Cell("toy", "cosine", 12, 1)
-NETWORK = {
-    "stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": [], "conditional": True,
-}  # fmt: skip
+NETWORK = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
+NETWORK |= {"conditional": True}
 
 
 @pytest.fixture

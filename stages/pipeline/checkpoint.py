@@ -1,6 +1,7 @@
 """Weights on disk: safetensors with the parameters that built the network in their metadata; no pickle, ever."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def device() -> torch.device:
     """The CUDA device when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_bf16(precision: str) -> None:
+    """Tell, in one line, that bf16 will crawl on this processor; the precision is a parameter, so it is not changed here."""
+    if precision == "bf16" and device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("this processor has no bf16 arithmetic: `make profile NAME=fp32` is faster here", file=sys.stderr, flush=True)
 
 
 def device_memory() -> dict[str, int]:

@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -126,6 +127,7 @@ class Train(Section):
     weight_decay: NonNegative
     grad_clip: Positive
     label_dropout: Fraction
+    precision: Precision
     ema_halflife: Annotated[float, Field(gt=0, le=1)]
     validation_images: Count
     curve_points: Count
@@ -160,7 +162,7 @@ class Sample(Section):
     images: Count
     ancestral_images: Count
     guidance: NonNegative
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     chunk: Count
     fast: FastSampler
     ancestral: AncestralSampler

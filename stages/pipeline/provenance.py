@@ -53,7 +53,9 @@ class Tree:
         """The run key of a cell; see `key`. Line endings do not count."""
         code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
-        return content_hash([self.chain_params(cell), text, self.raw_digest(cell.dataset)])[:32]
+        flat = self.chain_params(cell)
+        flat.pop(f"data.{cell.dataset}.path", None)  # where the raw data came from: its digest says what it is
+        return content_hash([flat, text, self.raw_digest(cell.dataset)])[:32]
 
     def raw_digest(self, dataset: str) -> str:
         """MD5 that DVC gave the raw data of a dataset."""

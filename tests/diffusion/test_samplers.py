@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from stages.diffusion import noise
 from stages.diffusion.samplers import SAMPLERS, clipped_denoiser, ddim, ddpm, spaced_timesteps
 from stages.diffusion.schedules import SCHEDULES
 
-N = 20_000
+N = 8_000
 
 
 def table(name="cosine", T=100):
@@ -35,21 +37,21 @@ def test_exact_denoiser_of_a_point_mass_lands_on_it(sampler, schedule, steps):
 def test_exact_denoiser_of_a_gaussian_gives_its_mean_and_variance(sampler, options):
     """For x0 ~ N(m, s^2), E[x0 | x_t] is linear in x_t, and a full chain ends near N(m, s^2).
 
-    Tolerances: N draws know the mean to s / sqrt(N) = 0.004 and the standard deviation to 0.003 (four of them allowed);
-    the discretisation of 400 steps adds less than 0.01 to each.
+    Tolerances: N draws know the mean to s / sqrt(N) = 0.0067 and the standard deviation to 0.0047 (three of them allowed);
+    the discretisation of 200 steps adds less than 0.01 to each.
     """
     m, s = 0.3, 0.6
-    alpha_bar = table(T=400)
+    alpha_bar = table(T=200)
 
     def denoise(x, a):
         return m + a.sqrt() * s**2 / (a * s**2 + 1 - a) * (x - a.sqrt() * m)
 
-    x = draw(sampler, denoise, alpha_bar, spaced_timesteps(400, 400), shape=(N, 1, 1, 1), **options)
-    assert x.mean().item() == pytest.approx(m, abs=0.026)
-    assert x.std().item() == pytest.approx(s, abs=0.022)
+    x = draw(sampler, denoise, alpha_bar, spaced_timesteps(200, 200), shape=(N, 1, 1, 1), **options)
+    assert x.mean().item() == pytest.approx(m, abs=0.03)
+    assert x.std().item() == pytest.approx(s, abs=0.024)
     # Known-bad: a chain started at half the noise does not end there.
-    wrong = draw(sampler, lambda x, a: denoise(x * 0.5, a), alpha_bar, spaced_timesteps(400, 400), shape=(N, 1, 1, 1), **options)
-    assert wrong.std().item() != pytest.approx(s, abs=0.022)
+    wrong = draw(sampler, lambda x, a: denoise(x * 0.5, a), alpha_bar, spaced_timesteps(200, 200), shape=(N, 1, 1, 1), **options)
+    assert wrong.std().item() != pytest.approx(s, abs=0.024)
 
 
 def test_ddim_with_eta_1_equals_ddpm_step_by_step():
@@ -72,9 +74,9 @@ def test_spaced_timesteps_fall_from_the_last_one(T, steps):
     spaced = spaced_timesteps(T, steps)
     assert spaced[0] == T - 1
     assert len(spaced) == steps
-    assert all(a > b for a, b in zip(spaced, spaced[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(spaced))
     assert spaced[-1] >= 0
-    gaps = [a - b for a, b in zip(spaced, spaced[1:], strict=False)]
+    gaps = [a - b for a, b in itertools.pairwise(spaced)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
