@@ -88,21 +88,26 @@ class Tree:
         scores = paths.scores("evaluate", str(cell))
         return made[str(scores)] == md5(scores)
 
-    def origin(self, cell: Cell) -> dict[str, str]:
-        """The first commit or experiment whose dvc.lock holds the cell's scores, and how to restore it; empty when none does."""
-        outs = {out["path"]: out["md5"] for out in self.lock[f"evaluate@{cell}"]["outs"]}
-        digest = outs[str(paths.scores("evaluate", str(cell)))]
-        commit = git("log", "--all", "--reverse", "--format=%H", f"-S{digest}", "--", "dvc.lock").partition("\n")[0]
-        if not commit:
-            return {}
-        refs = git("for-each-ref", f"--points-at={commit}", "--format=%(refname)", "refs/exps").split()
-        names = [ref.split("/")[-1] for ref in refs if not ref.startswith("refs/exps/exec/")]
-        restore = f"dvc exp apply {names[0]}" if names else f"git checkout {commit} && dvc checkout"
-        return {"results_commit": commit, "results_restore": restore}
-
     def _params_of(self, stage: dict[str, Any], cell: Cell) -> dict[str, Any]:
         values = self.params.model_dump()
         return {name: _at(values, name) for name in (_resolve(item, cell) for item in stage["params"])}
+
+
+def origins() -> dict[str, dict[str, str]]:
+    """By the MD5 of an output: the first commit or experiment whose dvc.lock holds it, and the command that restores it."""
+    refs = git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()
+    experiments = {ref.split()[0]: ref.split("/")[-1] for ref in refs if "refs/exps/exec/" not in ref}
+    found: dict[str, dict[str, str]] = {}
+    commit = ""
+    for line in git("log", "--all", "--reverse", "--format=commit %H", "--patch", "-U0", "--", "dvc.lock").splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "commit":
+            commit = rest
+        elif word == "+" and rest.strip().startswith("md5: "):
+            name = experiments.get(commit)
+            restore = f"dvc exp apply {name}" if name else f"git checkout {commit} && dvc checkout"
+            found.setdefault(rest.split()[-1], {"results_commit": commit, "results_restore": restore})
+    return found
 
 
 def uncommitted() -> str:

@@ -6,6 +6,7 @@ python -m stages.pipeline.tracking ui      the same, then open the MLflow UI (`m
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sqlite3
@@ -37,7 +38,7 @@ def publish(cell: Cell) -> None:
 
     def work(client: "MlflowClient", experiment: str) -> str:
         runs = client.search_runs([experiment], f"tags.`naqsh.cell` = '{cell}'")
-        _write(client, experiment, _read(Tree.read(), cell), list(runs), {})
+        _write(client, experiment, _read(Tree.read(), cell), list(runs))
         return f"recorded {cell}"
 
     _with_store(work)
@@ -50,7 +51,8 @@ def sync() -> bool:
         tree, runs = Tree.read(), _runs_by_cell(client, experiment)
         cells = list(tree.params.sweep.cells())
         finished = [cell for cell in cells if tree.is_recorded(cell)]
-        written = [_write(client, experiment, _read(tree, cell), runs.get(str(cell), []), tree.origin(cell)) for cell in finished]
+        written = [_write(client, experiment, _read(tree, cell), runs.get(str(cell), [])) for cell in finished]
+        _write_origins(client, experiment)
         return f"{len(finished)} of {len(cells)} cells have results, {sum(written)} of them written now"
 
     return _with_store(work)
@@ -141,14 +143,15 @@ def _runs_by_cell(client: "MlflowClient", experiment: str) -> dict[str, list["Ru
     return runs
 
 
-def _write(client: "MlflowClient", experiment: str, record: _Record, runs: list["Run"], origin: dict[str, str]) -> bool:
+def _write(client: "MlflowClient", experiment: str, record: _Record, runs: list["Run"]) -> bool:
     """Make the run of the record's key hold the record and be the current one of its cell; False where it was so already."""
     from mlflow.entities import Param, RunTag
 
     for other in runs:
         if other.data.tags["naqsh.key"] != record.key and other.data.tags.get("current") != "false":
             client.set_tag(other.info.run_id, "current", "false")
-    tags = {"current": "true", "naqsh.fingerprint": record.fingerprint(), **origin}
+    scores = provenance.md5(paths.scores("evaluate", str(record.cell)))
+    tags = {"current": "true", "naqsh.scores": scores, "naqsh.fingerprint": record.fingerprint()}
     run = next((run for run in runs if run.data.tags["naqsh.key"] == record.key), None)
     if run and run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
         return False
@@ -160,6 +163,17 @@ def _write(client: "MlflowClient", experiment: str, record: _Record, runs: list[
     client.set_terminated(run_id, "FINISHED", run.info.end_time or _now())
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])  # last: now it is whole
     return True
+
+
+def _write_origins(client: "MlflowClient", experiment: str) -> None:
+    """Tell every run, of experiments and of former sweeps too, which commit holds its results."""
+    from mlflow.entities import RunTag
+
+    origins = provenance.origins()
+    for run in itertools.chain(*_runs_by_cell(client, experiment).values()):
+        tags = origins.get(run.data.tags.get("naqsh.scores", ""), {})
+        if not tags.items() <= run.data.tags.items():
+            client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def _create(client: "MlflowClient", experiment: str, record: _Record) -> "Run":
