@@ -14,7 +14,7 @@ from torch import Tensor
 from stages import UserError
 from stages.datasets.images import to_float
 from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample, x0_and_eps
-from stages.diffusion.schedules import SCHEDULES
+from stages.diffusion.schedules import noise_levels
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
 from stages.fidelity.frechet import Gaussian, fid
 from stages.networks.classifier import CHUNK, Classifier, classify
@@ -94,7 +94,8 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     x0, y = to_float(test["images"][picked]), test["labels"][picked]
 
     # The t of different T are the same fraction of T.
-    table = torch.from_numpy(SCHEDULES[cell.schedule](cell.T))
+    reference_size = about["diffusion"]["reference_size"]
+    table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], reference_size=reference_size))
     random_t = [table[(torch.rand(wanted, generator=rng, dtype=torch.float64) * cell.T).long()] for _ in range(evaluate.draws)]
     grid = [alpha_bar_of(torch.full((wanted,), level)) for level in evaluate.logsnr]
     levels = progress([*random_t, *grid], total=len(random_t) + len(grid), unit="level", label="losses")

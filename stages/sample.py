@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.datasets.images import to_uint8
 from stages.diffusion import noise
 from stages.diffusion.samplers import SAMPLERS, Steps, clipped_denoiser, spaced_timesteps
-from stages.diffusion.schedules import SCHEDULES
+from stages.diffusion.schedules import noise_levels
 from stages.pipeline import checkpoint, figures, params, paths
 from stages.pipeline.stage import progress, read_json, run
 
@@ -33,10 +33,11 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     device = checkpoint.device()
     checkpoint.check_bf16(sample.precision)
     net, about = checkpoint.load_network(paths.weights(str(cell)) / "ema.safetensors")
-    prediction, num_classes = about["diffusion"]["prediction"], about["num_classes"]
-    alpha_bar = torch.from_numpy(SCHEDULES[cell.schedule](cell.T)).to(device)
+    size, prediction, num_classes = about["size"], about["diffusion"]["prediction"], about["num_classes"]
+    reference_size = about["diffusion"]["reference_size"]
+    alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, reference_size=reference_size)).to(device)
     counts = read_json(paths.prepared(cell.dataset) / "dataset.json")["images_per_class"]["test"]
-    folder, shape = paths.samples(str(cell)), (1, about["size"], about["size"])
+    folder, shape = paths.samples(str(cell)), (1, size, size)
 
     def network(x: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=sample.precision == "bf16"):

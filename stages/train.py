@@ -21,7 +21,7 @@ from torch import Tensor
 from stages import UserError
 from stages.datasets.images import to_float
 from stages.diffusion import process
-from stages.diffusion.schedules import SCHEDULES
+from stages.diffusion.schedules import noise_levels
 from stages.networks import ema
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, figures, params, paths
@@ -41,13 +41,14 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
     # Data: the end of the train split is held out, and never trained on.
     images, labels, val_images, val_labels = _split(cell, train.validation_images, device)
     class_names = read_json(paths.prepared(cell.dataset) / "dataset.json")["class_names"]
-    alpha_bar = torch.from_numpy(SCHEDULES[cell.schedule](cell.T)).to(device)
+    size = images.shape[-1]
+    alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, reference_size=diffusion.reference_size)).to(device)
 
     # Network, its average, optimiser. What is needed to build the network again travels with the weights.
-    about = {"cell": str(cell), "size": images.shape[-1], "num_classes": len(class_names), "class_names": class_names}
+    about = {"cell": str(cell), "size": size, "num_classes": len(class_names), "class_names": class_names}
     about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump()}
     torch.manual_seed(cell.seed)
-    net = UNet(size=images.shape[-1], num_classes=len(class_names), **network.model_dump())
+    net = UNet(size=size, num_classes=len(class_names), **network.model_dump())
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     weights, averages = list(net.parameters()), list(net_ema.parameters())
@@ -96,7 +97,7 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
                 if step in snapshot_at:
                     name = snapshot_at[step]
                     checkpoint.save_tensors(folder / f"{name}.safetensors", net_ema.state_dict(), **about)
-                    pixels = preview(net_ema, images.shape[-1], diffusion.prediction, alpha_bar)
+                    pixels = preview(net_ema, size, diffusion.prediction, alpha_bar)
                     figures.save_png(folder / "previews" / f"{name}.png", pixels)
                 started = time.perf_counter()
         checkpoint.save_tensors(folder / "raw.safetensors", net.state_dict(), **about)

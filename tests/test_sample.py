@@ -22,7 +22,7 @@ def options(tmp_path, monkeypatch):
     net = UNet(size=8, num_classes=3, **NETWORK)
     for weights in net.parameters():
         torch.nn.init.normal_(weights, std=0.2)
-    about = {"size": 8, "num_classes": 3, "network": NETWORK, "diffusion": {"prediction": "v"}}
+    about = {"size": 8, "num_classes": 3, "network": NETWORK, "diffusion": {"prediction": "v", "reference_size": 8}}
     checkpoint.save_tensors(paths.weights(str(CELL)) / "ema.safetensors", net.state_dict(), **about)
     paths.prepared("toy").mkdir(parents=True)
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"images_per_class": {"test": [2, 1, 1]}}))

@@ -38,6 +38,7 @@ WEIGHTS = (200, 350, 500, 700)  # drawn from a font of variable weight
 FIELD = 96  # pixels per side of a distance field
 LARGE = 2 * FIELD  # pixels per side of the drawing that it is measured on
 FILL = 0.8  # share of the field's side between the highest and the lowest ink of a face
+LARGEST = 1.5  # times that scale for a glyph that leaves room
 KNOTS = 5  # per side, of the random grid that an elastic distortion is interpolated from
 BATCH = 256  # images warped at once
 
@@ -120,14 +121,16 @@ def _faces(name: str, content: bytes) -> Iterator[ImageFont.FreeTypeFont]:
 def _face_fields(font: ImageFont.FreeTypeFont) -> Tensor:
     """(42, FIELD, FIELD) float32: distance to the outline in pixels of the field, positive in the ink.
 
-    One scale and one baseline serve the whole face: size and height on the line are what tells some letters from digits.
+    One baseline and nearly one scale serve the whole face: size and height on the line are what tells some letters from digits.
+    Glyphs that would leave much of the paper empty are drawn larger.
     """
     drawings = [_drawing(font, character) for character in CLASS_NAMES]
     boxes = np.array([drawing.getbbox() for drawing in drawings])  # left, top, right, bottom
     top, bottom, widest = boxes[:, 1].min(), boxes[:, 3].max(), (boxes[:, 2] - boxes[:, 0]).max()
-    half = max(bottom - top, 0.95 * widest) / FILL / 2
-    middles = (boxes[:, 0] + boxes[:, 2]) / 2
-    windows = [(x - half, (top + bottom) / 2 - half, x + half, (top + bottom) / 2 + half) for x in middles]
+    middle, half = (top + bottom) / 2, max(bottom - top, 0.95 * widest) / FILL / 2
+    reach = np.stack([boxes[:, 2] - boxes[:, 0], 2 * np.abs(boxes[:, 1] - middle), 2 * np.abs(boxes[:, 3] - middle)]).max(axis=0)
+    halves = np.maximum(half / LARGEST, np.minimum(reach / FILL / 2, half))
+    windows = [(x - r, middle - r, x + r, middle + r) for x, r in zip((boxes[:, 0] + boxes[:, 2]) / 2, halves, strict=True)]
     masks = [
         drawing.resize((LARGE, LARGE), Image.Resampling.BILINEAR, box=window)
         for drawing, window in zip(drawings, windows, strict=True)
@@ -178,7 +181,7 @@ def _draw(rng: np.random.Generator, families: list[list[int]], size: int) -> tup
     knots = rng.normal(0, 1, (3, KNOTS, KNOTS)) * np.array([0.045, 0.045, 4])[:, None, None]  # across, down, shade
     tones = np.array(
         [
-            rng.uniform(0, 0.8),  # how much bolder, in pixels of the field
+            rng.uniform(0.2, 1.2),  # how much bolder, in pixels of the field
             rng.uniform(0.6, 1.0),  # sharpness of the edge
             rng.uniform(15, 80),  # ink
             rng.uniform(205, 240),  # paper

