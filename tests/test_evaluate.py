@@ -43,7 +43,7 @@ def save_network(cell: params.Cell) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = UNet(size=SIZE, num_classes=CLASSES, **NETWORK.model_dump())
-        nn.init.normal_(net.head[-1].weight, std=0.1)  # it starts at zero, where every level would look alike
+        nn.init.normal_(net.head.weight, std=0.1)  # it starts at zero, where every level would look alike
     about = {
         "size": SIZE,
         "num_classes": CLASSES,
