@@ -49,9 +49,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x "$(VENV)/bin/python" || { echo "Making $(VENV)"; $(PYTHON) -m venv "$(VENV)"; }
 	@$(if $(filter cpu,$(TORCH)),$(ENTER) pip install -q uv && uv pip install -q --torch-backend=cpu -c constraints.txt torch torchvision)
 	@echo "Installing the pinned packages; the first time takes some minutes"
-	@$(ENTER) pip install -q -c constraints.txt .
+	@$(ENTER) pip install -q --no-compile -c constraints.txt .
 	@touch "$@"
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(ENTER) pip install -q -c constraints.txt ".[dev]"
+	@$(ENTER) pip install -q --no-compile -c constraints.txt ".[dev]"
 	@touch "$@"

@@ -37,8 +37,7 @@ def main(sweep: params.Sweep) -> None:
     with whole_file(METRICS / "report.md") as temporary:
         temporary.write_text(_report(sweep, rows, synthetic), encoding="utf-8")
 
-    print(results.table(rows.values()))
-    print(f"The same with pictures: {METRICS / 'report.md'}")
+    print(f"Table and pictures: {METRICS / 'report.md'}")
     tracking.sync()
 
 

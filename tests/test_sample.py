@@ -11,25 +11,30 @@ from stages.pipeline import checkpoint, params, paths
 
 CELL = params.Cell("toy", "cosine", 12, 1)
 NETWORK = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
-NETWORK |= {"conditional": True}
 
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
-    """An untrained network with weights that do something, and sizes small enough to draw from it in a second."""
+    """An untrained network in an empty folder, and sizes small enough to draw from it in a second."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    net = UNet(size=8, num_classes=3, **NETWORK)
-    for weights in net.parameters():
-        torch.nn.init.normal_(weights, std=0.2)
-    about = {"size": 8, "num_classes": 3, "network": NETWORK, "diffusion": {"prediction": "v", "reference_size": 8}}
-    checkpoint.save_tensors(paths.weights(str(CELL)) / "ema.safetensors", net.state_dict(), **about)
+    save_network(conditional=True)
     paths.prepared("toy").mkdir(parents=True)
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"images_per_class": {"test": [2, 1, 1]}}))
     return params.Sample(
         images=10, ancestral_images=5, guidance=0.3, precision="fp32", chunk=4,
         fast=params.FastSampler(sampler="ddim", steps=4, eta=0.0), ancestral=params.AncestralSampler(sampler="ddpm"),
     )  # fmt: skip
+
+
+def save_network(conditional):
+    """Weights that do something."""
+    torch.manual_seed(0)
+    network = NETWORK | {"conditional": conditional}
+    net = UNet(size=8, num_classes=3, **network)
+    for weights in net.parameters():
+        torch.nn.init.normal_(weights, std=0.2)
+    about = {"size": 8, "num_classes": 3, "network": network, "diffusion": {"prediction": "v", "reference_size": 8}}
+    checkpoint.save_tensors(paths.weights(str(CELL)) / "ema.safetensors", net.state_dict(), **about)
 
 
 def drawn(name):
@@ -77,8 +82,6 @@ def test_grid_has_the_classes_in_order_and_blanks_where_there_are_too_few():
 
 
 def test_an_unconditional_network_asks_for_no_label(options):
-    weights, about = checkpoint.load_tensors(paths.weights(str(CELL)) / "ema.safetensors")
-    about["network"]["conditional"] = False
-    checkpoint.save_tensors(paths.weights(str(CELL)) / "ema.safetensors", weights, **about)
+    save_network(conditional=False)
     sample.main(CELL, options.model_copy(update={"guidance": 0.0}))
     assert drawn("fast")[0]["labels"].unique().tolist() == [-1]

@@ -34,7 +34,7 @@ FONT_PACKAGES = {  # distribution -> the files of it that are wanted; licences t
     "fontpkg-noto-sans-arabic": r".*\.ttf",
     "matplotlib": r"DejaVuSans(Mono)?(-Bold)?\.ttf",
 }
-WEIGHTS = (200, 350, 500, 700)  # drawn from a font of variable weight
+WEIGHTS = (400, 700)  # drawn from a font of variable weight
 FIELD = 96  # pixels per side of a distance field
 LARGE = 2 * FIELD  # pixels per side of the drawing that it is measured on
 FILL = 0.8  # share of the field's side between the highest and the lowest ink of a face
@@ -173,21 +173,21 @@ def _draw_split(fields: Tensor, families: list[list[int]], size: int, count: int
 def _draw(rng: np.random.Generator, families: list[list[int]], size: int) -> tuple[NDArray[np.float32] | np.int64, ...]:
     """Everything random about one image: its face, affine map (2, 3), elastic knots, tones, and the grain of its paper."""
     face = rng.choice(families[rng.integers(len(families))])
-    turn, slant = math.radians(rng.normal(0, 4)), rng.normal(0.05, 0.12)
-    across, down = rng.uniform(0.88, 1.12) * np.exp(rng.normal(0, 0.04, 2))
+    turn, slant = math.radians(rng.normal(0, 3)), rng.normal(0.05, 0.08)
+    across, down = rng.uniform(0.92, 1.08) * np.exp(rng.normal(0, 0.04, 2))
     # Where each pixel of the image comes from, in [-1, 1] of the field: zoomed, slanted, turned, moved.
     linear = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]] @ np.array([[1, slant], [0, 1]])
-    affine = np.column_stack([linear * [across, down], rng.uniform(-0.08, 0.08, 2)])
-    knots = rng.normal(0, 1, (3, KNOTS, KNOTS)) * np.array([0.045, 0.045, 4])[:, None, None]  # across, down, shade
+    affine = np.column_stack([linear * [across, down], rng.uniform(-0.05, 0.05, 2)])
+    knots = rng.normal(0, 1, (3, KNOTS, KNOTS)) * np.array([0.03, 0.03, 3])[:, None, None]  # across, down, shade
     tones = np.array(
         [
-            rng.uniform(0.2, 1.2),  # how much bolder, in pixels of the field
+            rng.uniform(0.6, 1.2),  # how much bolder, in pixels of the field
             rng.uniform(0.6, 1.0),  # sharpness of the edge
             rng.uniform(15, 80),  # ink
             rng.uniform(205, 240),  # paper
         ]
     )
-    grain = rng.uniform(2, 6) * rng.standard_normal((size, size), np.float32)
+    grain = rng.uniform(2, 4) * rng.standard_normal((size, size), np.float32)
     return np.int64(face), *(part.astype(np.float32) for part in (affine, knots, tones, grain))
 
 

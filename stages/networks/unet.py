@@ -40,7 +40,9 @@ class UNet(nn.Module):
         widths = [base_channels * mult for mult in channel_mult]
         emb = 4 * base_channels
         self.num_classes, self.conditional = num_classes, conditional
-        self.embed_label = nn.Embedding(num_classes + 1, 2 * base_channels)
+        if conditional:
+            self.embed_label = nn.Embedding(num_classes + 1, 2 * base_channels)
+            self.template = Template(num_classes + 1, widths[-1], (size + self.padding) // multiple, emb)
         self.embed = nn.Sequential(nn.Linear(2 * base_channels, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(-4, 1, base_channels, base=2), persistent=False)
@@ -54,6 +56,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.down.append(Downsample(channels, width))
                 channels = width
+            self.coarsest = len(self.down)  # in the end, where the coarsest level begins
             for _ in range(blocks_per_level):
                 self.down.append(Block(channels, width, emb, attention=level in attention_levels))
                 channels = width
@@ -84,7 +87,9 @@ class UNet(nn.Module):
         patches = self.unfold(h).contiguous(memory_format=torch.channels_last)  # (B, f*f, H/f, W/f)
         h = self.stem(patches)  # (B, C, H/f, W/f)
         skips = []
-        for layer in self.down:
+        for i, layer in enumerate(self.down):
+            if self.conditional and i == self.coarsest:
+                h = h + self.template(y, emb).to(h.dtype)
             h = layer(h, emb)
             if isinstance(layer, Block):
                 skips.append(h)
@@ -118,6 +123,22 @@ class Block(nn.Module):
         scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)  # (B, width, 1, 1) each
         h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
         return self.attention(self.skip(x) + h)
+
+
+class Template(nn.Module):
+    """A picture for each label, at the coarsest resolution, as loud as the noise level asks for.
+
+    The embedding alone acts on all places alike; where the strokes of a label lie would have to come from the image's border.
+    """
+
+    def __init__(self, labels: int, channels: int, side: int, emb: int) -> None:
+        super().__init__()
+        self.gain = nn.Linear(emb, channels)
+        self.pictures = nn.Parameter(0.3 * torch.randn(labels, channels, side, side))
+
+    def forward(self, y: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, side, side) from labels y (B,) and emb (B, E)."""
+        return self.pictures[y] * (1 + self.gain(emb))[:, :, None, None]
 
 
 class Attention(nn.Module):
