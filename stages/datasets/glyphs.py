@@ -26,10 +26,10 @@ from stages import UserError
 LICENCE = "drawn from fonts under the SIL Open Font License 1.1 and the Bitstream Vera (DejaVu) licence"
 CLASS_NAMES = list("۰۱۲۳۴۵۶۷۸۹ابپتثجچحخدذرزژسشصضطظعغفقکگلمنوهی")
 FONT_PACKAGES = {  # distribution -> the files of it that are wanted; licences travel with the fonts
-    "fontpkg-almarai": r".*\.ttf",
-    "fontpkg-amiri": r".*\.ttf",
+    "fontpkg-almarai": r".*-(Regular|Bold)\.ttf",
+    "fontpkg-amiri": r".*-(Regular|Bold)\.ttf",
     "fontpkg-cairo": r".*\.ttf",
-    "fontpkg-ibm-plex-sans-arabic": r".*\.ttf",
+    "fontpkg-ibm-plex-sans-arabic": r".*-(Regular|Bold)\.ttf",
     "fontpkg-noto-kufi-arabic": r".*\.ttf",
     "fontpkg-noto-sans-arabic": r".*\.ttf",
     "matplotlib": r"DejaVuSans(Mono)?(-Bold)?\.ttf",
@@ -173,12 +173,12 @@ def _draw_split(fields: Tensor, families: list[list[int]], size: int, count: int
 def _draw(rng: np.random.Generator, families: list[list[int]], size: int) -> tuple[NDArray[np.float32] | np.int64, ...]:
     """Everything random about one image: its face, affine map (2, 3), elastic knots, tones, and the grain of its paper."""
     face = rng.choice(families[rng.integers(len(families))])
-    turn, slant = math.radians(rng.normal(0, 3)), rng.normal(0.05, 0.08)
+    turn, slant = math.radians(rng.normal(0, 2.5)), rng.normal(0.05, 0.06)
     across, down = rng.uniform(0.92, 1.08) * np.exp(rng.normal(0, 0.04, 2))
     # Where each pixel of the image comes from, in [-1, 1] of the field: zoomed, slanted, turned, moved.
     linear = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]] @ np.array([[1, slant], [0, 1]])
-    affine = np.column_stack([linear * [across, down], rng.uniform(-0.05, 0.05, 2)])
-    knots = rng.normal(0, 1, (3, KNOTS, KNOTS)) * np.array([0.03, 0.03, 3])[:, None, None]  # across, down, shade
+    affine = np.column_stack([linear * [across, down], rng.uniform(-0.04, 0.04, 2)])
+    knots = rng.normal(0, 1, (3, KNOTS, KNOTS)) * np.array([0.025, 0.025, 3])[:, None, None]  # across, down, shade
     tones = np.array(
         [
             rng.uniform(0.6, 1.2),  # how much bolder, in pixels of the field

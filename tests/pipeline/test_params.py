@@ -68,7 +68,7 @@ def test_the_projects_own_parameters_are_valid(tmp_path: Path) -> None:
         ("sweep.datasets", ["MNIST-2"], ["sweep.datasets.0 = 'MNIST-2'", "a-z0-9_"]),
         ("sample.fast.steps", 201, ["sample.fast.steps = 201", "at most", "200"]),
         ("sample.fast.sampler", "euler", ["sample.fast.sampler = 'euler'", "ddpm", "ddim"]),
-        ("train.label_dropout", 0.0, ["sample.guidance = 1", "train.label_dropout > 0", "sample.guidance: 0"]),
+        ("train.label_dropout", 0.0, ["sample.guidance = 2.5", "train.label_dropout > 0", "sample.guidance: 0"]),
         ("data.mnist.size", 32, ["data.mnist.size = 32", "28"]),
         ("data.mnist.reader", "idx", ["data.mnist", "mnist", "glyphs"]),
         ("network.attention_levels", [2], ["network", "attention_levels = [2]", "0..1"]),
