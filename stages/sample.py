@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.datasets.images import to_uint8
 from stages.diffusion import noise
 from stages.diffusion.samplers import SAMPLERS, Steps, clipped_denoiser, spaced_timesteps
-from stages.diffusion.schedules import noise_levels
+from stages.diffusion.schedules import logsnr_shift, noise_levels
 from stages.pipeline import checkpoint, figures, params, paths
 from stages.pipeline.stage import progress, read_json, run
 
@@ -35,18 +35,26 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     net, about = checkpoint.load_network(paths.weights(str(cell)) / "ema.safetensors")
     size, prediction, num_classes = about["size"], about["diffusion"]["prediction"], about["num_classes"]
     reference_size = about["diffusion"]["reference_size"]
+    shift = logsnr_shift(size, reference_size)
+    lowest, highest = (level + shift for level in sample.guidance_interval)
     alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, reference_size=reference_size)).to(device)
     counts = read_json(paths.prepared(cell.dataset) / "dataset.json")["images_per_class"]["test"]
     folder, shape = paths.samples(str(cell)), (1, size, size)
 
+    evaluated = 0
+
     def network(x: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
+        nonlocal evaluated
+        evaluated += len(x)
         with torch.autocast(device.type, torch.bfloat16, enabled=sample.precision == "bf16"):
             return net(x, logsnr, y)
 
     def draw_chunk(first: int, sampler: str, timesteps: list[int], **options: float) -> Steps:
         index = torch.arange(first, first + sample.chunk, device=device)
         y = class_sequence(index, counts)
-        denoise = clipped_denoiser(network, prediction, y, unlabelled=num_classes, guidance=sample.guidance)
+        denoise = clipped_denoiser(
+            network, prediction, y, unlabelled=num_classes, guidance=sample.guidance, guidance_interval=(lowest, highest)
+        )
 
         def noise_at(t: int) -> Tensor:
             return noise.gaussian(cell.seed, index, t, shape)
@@ -60,7 +68,7 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     }
     measured: dict[str, Any] = {}
     for name, (n, sampler, timesteps, options) in sets.items():
-        chunks, frames, started = [], [], time.perf_counter()
+        chunks, frames, started, evaluated = [], [], time.perf_counter(), 0
         shown_at = set(timesteps[:: max(1, len(timesteps) // FRAMES)]) | {timesteps[-1]}
         starts = range(0, n, sample.chunk)
         total = len(starts) * len(timesteps)
@@ -75,8 +83,9 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         measured |= {f"{name}_seconds": round(seconds, 2), f"{name}_images_per_sec": round(n / seconds, 2)}
 
-        how = {"sampler": sampler, "steps": len(timesteps), "guidance": sample.guidance, **options}
-        how["network_evaluations"] = len(timesteps) * (1 if sample.guidance == 0 else 2)
+        how: dict[str, Any] = {"sampler": sampler, "steps": len(timesteps), **options}
+        how |= {"guidance": sample.guidance, "guidance_interval": [lowest, highest]}
+        how["network_evaluations"] = evaluated // (len(starts) * sample.chunk)
         asked = labels if about["network"]["conditional"] else torch.full_like(labels, -1)
         checkpoint.save_tensors(folder / f"{name}.safetensors", {"images": images, "labels": asked}, cell=str(cell), **how)
         if name == "fast":

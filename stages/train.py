@@ -23,6 +23,7 @@ from stages.datasets.images import to_float
 from stages.diffusion import process
 from stages.diffusion.schedules import noise_levels
 from stages.networks import ema
+from stages.networks.muon import Muon
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, figures, params, paths
 from stages.pipeline.preview import preview
@@ -52,7 +53,7 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     weights, averages = list(net.parameters()), list(net_ema.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=train.lr, betas=(0.9, 0.99), weight_decay=train.weight_decay, fused=True)
+    optimizers = _optimizers(net, train)
     loss_of = _loss(diffusion.prediction, alpha_bar, train.precision)
 
     # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
@@ -74,9 +75,11 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
             loss = loss_of(net, x0, y, t, eps)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, train.grad_clip)
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, train)
-            optimizer.step()
-            optimizer.zero_grad()
+            lr = learning_rate(step, steps, train)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+            net.zero_grad()
             ema.update(averages, weights, step=step, halflife=train.ema_halflife)
             losses.append(loss.detach())
 
@@ -127,6 +130,15 @@ def stratified_timesteps(batch: int, T: int, rng: torch.Generator) -> Tensor:
     strata = torch.arange(batch, device=rng.device, dtype=torch.float64)
     jitter = torch.rand(batch, device=rng.device, dtype=torch.float64, generator=rng)
     return ((strata + jitter) / batch * T).long().clamp_max(T - 1)
+
+
+def _optimizers(net: UNet, train: params.Train) -> list[torch.optim.Optimizer]:
+    """Muon for the convolutions between stem and head, AdamW for all else: ends, embeddings, biases, norms."""
+    inner = [weight for part in (net.down, net.middle, net.up) for weight in part.parameters() if weight.ndim == 4]
+    taken = {id(weight) for weight in inner}
+    rest = [weight for weight in net.parameters() if id(weight) not in taken]
+    adamw = torch.optim.AdamW(rest, lr=train.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return [Muon(inner, lr=train.lr), adamw]
 
 
 @functools.lru_cache(maxsize=2)

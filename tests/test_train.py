@@ -21,7 +21,7 @@ def sections(tmp_path, monkeypatch):
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"class_names": ["a", "b"]}))
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
-        "images": 64, "batch": 8, "lr": 1e-3, "warmup_images": 16, "weight_decay": 0.0, "grad_clip": 1.0, "label_dropout": 0.1,
+        "images": 64, "batch": 8, "lr": 1e-3, "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
     return params.Diffusion(prediction="v", reference_size=8), params.Network(**network, conditional=True), params.Train(**options)

@@ -4,6 +4,7 @@ A sampler yields (t, x, x0_hat) after each step: x is where the chain now stands
 x is the sample. It knows the network only as a denoiser, which returns x0_hat at a noise level.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -88,6 +89,7 @@ def clipped_denoiser(
     *,
     unlabelled: int,
     guidance: float,
+    guidance_interval: tuple[float, float] = (-math.inf, math.inf),
 ) -> Denoiser:
     """The denoiser of a network: classifier-free guidance towards the labels y, x0_hat clipped to [-1, 1].
 
@@ -96,13 +98,15 @@ def clipped_denoiser(
         y: (B,) int64 labels.
         unlabelled: the label that means "not told".
         guidance: w in output(y) + w (output(y) - output(unlabelled)); 0 is exactly the conditional model, in one evaluation.
+        guidance_interval: log-SNR, lowest and highest, between which guidance acts; outside it w is 0.
 
-    Source: Ho & Salimans 2022, eq. (6).
+    Source: Ho & Salimans 2022, eq. (6); the interval, Kynkäänniemi et al. 2024.
     """
 
     def denoise(x: Tensor, alpha_bar: Tensor) -> Tensor:
         a = alpha_bar.expand(len(x))
-        if guidance == 0:
+        lowest, highest = guidance_interval
+        if guidance == 0 or not lowest <= float(logsnr(alpha_bar)) <= highest:
             output = net(x, logsnr(a), y)
         else:
             both = torch.cat([y, torch.full_like(y, unlabelled)])

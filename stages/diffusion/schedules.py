@@ -1,9 +1,11 @@
-"""Noise schedules: how much signal is left after each of T steps. numpy only, so that params can check a sweep without torch."""
+"""Noise schedules: how much signal is left after each of T steps. no torch, so that params can check a sweep quickly."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 Alphas = NDArray[np.float64]
 
@@ -52,15 +54,19 @@ SCHEDULES: dict[str, Callable[[int], Alphas]] = {"linear": linear, "linear_unsca
 
 
 def noise_levels(name: str, T: int, *, size: int, reference_size: int) -> Alphas:
-    """alpha_bar, (T,) float64, of a schedule for images of `size` pixels a side: the SNR times (reference_size / size)^2.
+    """alpha_bar, (T,) float64, of a schedule for images of `size` pixels a side."""
+    return np.asarray(expit(logit(SCHEDULES[name](T)) + logsnr_shift(size, reference_size)))
 
-    A schedule is made for images of some size. In a larger one, neighbouring pixels say the same and average the noise away, so
-    the same SNR hides less; the shift makes up for it, and training spends its time where structure is decided.
+
+def logsnr_shift(size: int, reference_size: int) -> float:
+    """What turns a log-SNR meant for images of `reference_size` pixels a side into one for `size`: 2 log(reference_size / size).
+
+    In a larger image neighbouring pixels say the same and average the noise away, so the same SNR hides less; the shift makes
+    up for it, and training spends its time where structure is decided.
 
     Source: Hoogeboom et al. 2023 (simple diffusion), section 3.1.
     """
-    alpha_bar, factor = SCHEDULES[name](T), (reference_size / size) ** 2
-    return alpha_bar * factor / (alpha_bar * factor + 1 - alpha_bar)
+    return 2 * math.log(reference_size / size)
 
 
 def _alpha_bar(beta: Alphas) -> Alphas:

@@ -125,7 +125,6 @@ class Train(Section):
     batch: Count
     lr: Positive
     warmup_images: Annotated[int, Field(ge=0)]
-    weight_decay: NonNegative
     grad_clip: Positive
     label_dropout: Fraction
     precision: Precision
@@ -163,10 +162,18 @@ class Sample(Section):
     images: Count
     ancestral_images: Count
     guidance: NonNegative
+    guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)]
     precision: Precision
     chunk: Count
     fast: FastSampler
     ancestral: AncestralSampler
+
+    @model_validator(mode="after")
+    def _interval_rises(self) -> "Sample":
+        lowest, highest = self.guidance_interval
+        if not lowest < highest:
+            raise ValueError(f"guidance_interval = {self.guidance_interval} must be [lowest, highest] log-SNR, rising")
+        return self
 
 
 class Evaluate(Section):

@@ -102,6 +102,20 @@ def test_guidance_0_is_exactly_the_conditional_model_in_one_evaluation():
     assert calls == [[1, 2], [1, 2, 3, 3]]
 
 
+def test_guidance_acts_inside_its_interval_alone():
+    calls = []
+
+    def net(x, logsnr, y):
+        calls.append(len(x))
+        return torch.zeros_like(x)
+
+    x, y = torch.zeros(2, 1, 2, 2), torch.tensor([1, 2])
+    denoise = clipped_denoiser(net, "x0", y, unlabelled=3, guidance=0.5, guidance_interval=(-4, 2))
+    for level in (-4.1, -3.9, 1.9, 2.1):
+        denoise(x, torch.sigmoid(torch.tensor(level, dtype=torch.float64)))
+    assert calls == [2, 4, 4, 2]
+
+
 def test_x0_hat_is_clipped():
     denoise = clipped_denoiser(lambda x, logsnr, y: 5 * torch.ones_like(x), "x0", torch.tensor([0]), unlabelled=1, guidance=0)
     assert denoise(torch.zeros(1, 1, 2, 2), torch.tensor(0.5).double()).max() == 1
