@@ -1,6 +1,7 @@
 """Score the samples and the network of a cell; publish the cell to MLflow.
 
 Reads samples/CELL, the final weights, the test split, the extractor and the reference; writes metrics/evaluate/CELL.json.
+Beside the two sets also those of the averages at each quarter of the last phase of training: would training longer pay?
 A score is {value, error, floor}: the error is one standard error, the floor is the same score of real images; null where
 there is none.
 Run: python -m stages.evaluate CELL
@@ -34,10 +35,19 @@ def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
     reference, about = load_tensors(paths.reference(cell.dataset))
     real = Gaussian(reference["mean"].numpy(), reference["cov"].numpy(), about["images"])
     floors = read_json(paths.scores("reference", cell.dataset))
+
+    def scored(drawn: dict[str, Tensor]) -> dict[str, Any]:
+        return score_set(classifier, real, floors, drawn, evaluate.min_scored)
+
     scores: dict[str, Any] = {}
     for name in ("fast", "ancestral"):
         drawn, sampling = load_tensors(paths.samples(str(cell)) / f"{name}.safetensors")
-        scores[name] = {"sampling": sampling, **score_set(classifier, real, floors, drawn, evaluate.min_scored)}
+        scores[name] = {"sampling": sampling, **scored(drawn)}
+    drawn, _ = load_tensors(paths.samples(str(cell)) / "snapshots.safetensors")
+    scores["over_training"] = [
+        {"trained_images": trained, **scored({"images": images, "labels": drawn["labels"]})}
+        for trained, images in zip(drawn["trained_images"].tolist(), drawn["images"], strict=True)
+    ]
     scores |= measure_losses(cell, evaluate)
     write_json(paths.scores("evaluate", str(cell)), scores)
     tracking.publish(cell)
@@ -62,10 +72,10 @@ def score_set(net: Classifier, real: Gaussian, floors: dict[str, Any], drawn: di
     scored = min_scored <= N
     scores: dict[str, Any] = {"images": N, "scored": scored}
     if scored:
-        same_N = floors["images"] == N
-        scores["fid"] = _score(*fid(real, features), floors["fid"]["value"] if same_N else None)
+        floor = floors["sets"].get(str(N))
+        scores["fid"] = _score(*fid(real, features), floor and floor["fid"]["value"])
         tv = class_tv(floors["class_frequencies"], histogram)
-        scores["class_tv"] = _score(*tv, floors["class_tv"]["value"] if same_N else None)
+        scores["class_tv"] = _score(*tv, floor and floor["class_tv"]["value"])
     unconditional = bool((labels < 0).any())
     scores["accuracy"] = None if unconditional else _score(*accuracy(labels, probabilities), floors["accuracy"]["value"])
     scores["confident"] = _score(share, error, real_share)

@@ -20,34 +20,35 @@ from stages.pipeline.stage import progress, run, write_json
 DRAWS = 10  # disjoint sets of N train images at most; each is measured as if it were a set of samples
 
 
-def main(dataset: str, sample__images: int) -> None:
-    """Embed the test split and draws from the train split, measure, write."""
+def main(dataset: str, sample__images: int, sample__snapshot_images: int) -> None:
+    """Embed the test split and draws from the train split, measure sets of both sizes, write."""
     train, _ = load_tensors(paths.prepared(dataset) / "train.safetensors")
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
     N, n = sample__images, len(train["images"])
     if n < N:
         raise UserError(f"params.yaml: sample.images = {N} must be at most {n}: the floor needs as many train images")
-    sets = balanced_order(train["labels"], torch.Generator().manual_seed(0)).split(N)[: min(DRAWS, n // N)]
+    drawn = balanced_order(train["labels"], torch.Generator().manual_seed(0))[: min(DRAWS, n // N) * N]
 
-    chunks = torch.cat([test["images"], train["images"][torch.cat(sets)]]).split(CHUNK)
+    chunks = torch.cat([test["images"], train["images"][drawn]]).split(CHUNK)
     net = load_classifier(paths.extractor(dataset))
     embedded = classify(net, map(to_float, progress(chunks, total=len(chunks), unit="chunk", label="reference")))
-    (features, *set_features), (probabilities, *set_probabilities) = (
-        x.split([len(test["labels"]), *map(len, sets)]) for x in embedded
+    (features, train_features), (probabilities, train_probabilities) = (
+        x.split([len(test["labels"]), len(drawn)]) for x in embedded
     )
 
     real = fit_gaussian(features)
     frequencies = np.bincount(test["labels"], minlength=probabilities.shape[1]) / real.n
-    fids = [frechet_distance(real, fit_gaussian(f)) for f in set_features]
-    tvs = [class_tv(frequencies, class_histogram(p))[0] for p in set_probabilities]
+    sets = {}
+    for size in {N, sample__snapshot_images}:
+        draws = range(0, min(DRAWS, len(drawn) // size) * size, size)
+        fids = [frechet_distance(real, fit_gaussian(train_features[i : i + size])) for i in draws]
+        tvs = [class_tv(frequencies, class_histogram(train_probabilities[i : i + size]))[0] for i in draws]
+        sets[str(size)] = {"draws": len(draws), "fid": _mean_and_sd(fids), "class_tv": _mean_and_sd(tvs)}
     saved = {"mean": real.mean, "cov": real.cov, "class_frequencies": frequencies}
     save_tensors(paths.reference(dataset), {key: torch.from_numpy(value) for key, value in saved.items()}, images=real.n)
     scores = {
         "test_images": real.n,
-        "images": N,
-        "draws": len(sets),
-        "fid": _mean_and_sd(fids),
-        "class_tv": _mean_and_sd(tvs),
+        "sets": dict(sorted(sets.items())),
         "accuracy": dict(zip(("value", "error"), accuracy(test["labels"], probabilities), strict=True)),
         "confident": dict(zip(("value", "error"), confident(probabilities), strict=True)),
         "class_frequencies": frequencies.tolist(),

@@ -1,7 +1,8 @@
-"""Draw the samples of one cell from the final average of its weights, twice.
+"""Draw the samples of one cell: two sets from the final average of its weights, and small ones from the averages before it.
 
-The fast set: the same sampler and number of evaluations in every cell. The ancestral set: all T steps. Also a grid with the
-classes in order, and an animation of the denoising. Image i is a function of (weights, seed, i) alone.
+The fast set: the same sampler and number of evaluations in every cell. The ancestral set: all T steps. The snapshots: the first
+images of the fast set, as they would be at each quarter of the last phase of training. Also a grid with the classes in order,
+and an animation of the denoising. Image i is a function of (weights, seed, i) alone.
 
     python -m stages.sample mnist-cosine-1000-0
 """
@@ -9,6 +10,7 @@ classes in order, and an animation of the denoising. Image i is a function of (w
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,77 +25,111 @@ from stages.diffusion.schedules import logsnr_shift, noise_levels
 from stages.pipeline import checkpoint, figures, params, paths
 from stages.pipeline.stage import progress, read_json, run
 
+How = tuple[str, list[int], dict[str, float]]
+"""Name of a sampler, its timesteps, its options."""
+
 COLUMNS = 10
 FRAMES, SHOWN = 40, 30  # of the animation
 
 
 @torch.inference_mode()
 def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
-    """Draw both sets in chunks of one fixed size; a chunk that is asked for in part is drawn whole."""
-    device = checkpoint.device()
+    """Draw every set in chunks of one fixed size; a chunk that is asked for in part is drawn whole."""
     checkpoint.check_bf16(sample.precision)
-    net, about = checkpoint.load_network(paths.weights(str(cell)) / "ema.safetensors")
-    size, prediction, num_classes = about["size"], about["diffusion"]["prediction"], about["num_classes"]
-    reference_size = about["diffusion"]["reference_size"]
-    shift = logsnr_shift(size, reference_size)
-    lowest, highest = (level + shift for level in sample.guidance_interval)
-    alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, reference_size=reference_size)).to(device)
+    weights, folder = paths.weights(str(cell)), paths.samples(str(cell))
     counts = read_json(paths.prepared(cell.dataset) / "dataset.json")["images_per_class"]["test"]
-    folder, shape = paths.samples(str(cell)), (1, size, size)
-
-    evaluated = 0
-
-    def network(x: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
-        nonlocal evaluated
-        evaluated += len(x)
-        with torch.autocast(device.type, torch.bfloat16, enabled=sample.precision == "bf16"):
-            return net(x, logsnr, y)
-
-    def draw_chunk(first: int, sampler: str, timesteps: list[int], **options: float) -> Steps:
-        index = torch.arange(first, first + sample.chunk, device=device)
-        y = class_sequence(index, counts)
-        denoise = clipped_denoiser(
-            network, prediction, y, unlabelled=num_classes, guidance=sample.guidance, guidance_interval=(lowest, highest)
-        )
-
-        def noise_at(t: int) -> Tensor:
-            return noise.gaussian(cell.seed, index, t, shape)
-
-        return SAMPLERS[sampler](denoise, noise_at(cell.T), alpha_bar, timesteps, noise_at, **options)
-
     every, spaced = spaced_timesteps(cell.T, cell.T), spaced_timesteps(cell.T, sample.fast.steps)
-    sets: dict[str, tuple[int, str, list[int], dict[str, float]]] = {
-        "fast": (sample.images, sample.fast.sampler, spaced, {"eta": sample.fast.eta}),
-        "ancestral": (sample.ancestral_images, sample.ancestral.sampler, every, {}),
-    }
+    fast: How = (sample.fast.sampler, spaced, {"eta": sample.fast.eta})
+    ancestral: How = (sample.ancestral.sampler, every, {})
+
+    # The averages along the way: fast sets, smaller ones.
+    labels = class_sequence(torch.arange(sample.images), counts)
+    snapshots = []
+    for name in ("ema-25", "ema-50", "ema-75"):
+        chain = Chain(cell, sample, weights / f"{name}.safetensors", counts)
+        images, _, _ = chain.draw(sample.snapshot_images, *fast, label=f"{cell} {name}")
+        snapshots.append((chain, images))
+
+    # The final average.
+    chain = Chain(cell, sample, weights / "ema.safetensors", counts)
     measured: dict[str, Any] = {}
-    for name, (n, sampler, timesteps, options) in sets.items():
-        chunks, frames, started, evaluated = [], [], time.perf_counter(), 0
-        shown_at = set(timesteps[:: max(1, len(timesteps) // FRAMES)]) | {timesteps[-1]}
-        starts = range(0, n, sample.chunk)
-        total = len(starts) * len(timesteps)
-        with progress(total=total * sample.chunk, unit="eval", label=f"{cell} {name}") as bar:
-            for first in starts:
-                for t, x, _ in draw_chunk(first, sampler, timesteps, **options):
-                    if first == 0 and t in shown_at:
-                        frames.append(to_uint8(x[: min(SHOWN, n)]).cpu().numpy())
-                    bar.update(sample.chunk)
-                chunks.append(to_uint8(x).cpu())
-        images, labels = torch.cat(chunks)[:n], class_sequence(torch.arange(n), counts)
+    for name, n, how in (("fast", sample.images, fast), ("ancestral", sample.ancestral_images, ancestral)):
+        started = time.perf_counter()
+        images, frames, evaluations = chain.draw(n, *how, label=f"{cell} {name}")
         seconds = time.perf_counter() - started
         measured |= {f"{name}_seconds": round(seconds, 2), f"{name}_images_per_sec": round(n / seconds, 2)}
-
-        how: dict[str, Any] = {"sampler": sampler, "steps": len(timesteps), **options}
-        how |= {"guidance": sample.guidance, "guidance_interval": [lowest, highest]}
-        how["network_evaluations"] = evaluated // (len(starts) * sample.chunk)
-        asked = labels if about["network"]["conditional"] else torch.full_like(labels, -1)
-        checkpoint.save_tensors(folder / f"{name}.safetensors", {"images": images, "labels": asked}, cell=str(cell), **how)
+        sampler, timesteps, options = how
+        about = {"sampler": sampler, "steps": len(timesteps), "network_evaluations": evaluations, **options}
+        about |= {"guidance": sample.guidance, "guidance_interval": chain.guidance_interval}
+        asked = chain.asked(labels[:n])
+        checkpoint.save_tensors(folder / f"{name}.safetensors", {"images": images, "labels": asked}, cell=str(cell), **about)
         if name == "fast":
-            figures.save_png(folder / "grid.png", class_grid(images.numpy(), labels.numpy(), num_classes))
+            snapshots.append((chain, images[: sample.snapshot_images]))
+            figures.save_png(folder / "grid.png", class_grid(images.numpy(), labels.numpy(), len(counts)))
         else:
             pictures = [figures.grid(frame, COLUMNS, scale=2) for frame in frames]
             figures.save_gif(folder / "denoising.gif", pictures, milliseconds=80)
+    trained = torch.tensor([chain.about["images"] for chain, _ in snapshots])
+    sets = {"images": torch.stack([images for _, images in snapshots]), "trained_images": trained}
+    sets["labels"] = chain.asked(labels[: sample.snapshot_images])
+    checkpoint.save_tensors(folder / "snapshots.safetensors", sets, cell=str(cell))
     return {**measured, **checkpoint.device_memory()}
+
+
+class Chain:
+    """A network, and the chains of noise levels that lead from noise to its images."""
+
+    def __init__(self, cell: params.Cell, sample: params.Sample, weights: Path, counts: Sequence[int]) -> None:
+        self.cell, self.sample, self.counts, self.device = cell, sample, counts, checkpoint.device()
+        self.net, self.about = checkpoint.load_network(weights)
+        self.size, reference_size = self.about["size"], self.about["diffusion"]["reference_size"]
+        levels = noise_levels(cell.schedule, cell.T, size=self.size, reference_size=reference_size)
+        self.alpha_bar = torch.from_numpy(levels).to(self.device)
+        shift = logsnr_shift(self.size, reference_size)
+        self.guidance_interval = (sample.guidance_interval[0] + shift, sample.guidance_interval[1] + shift)
+        self.evaluated = 0  # images that the network has seen
+
+    def draw(
+        self, n: int, sampler: str, timesteps: list[int], options: dict[str, float], *, label: str
+    ) -> tuple[Tensor, list[figures.Pixels], int]:
+        """n images, (n, 1, H, W) uint8; frames of the first of them on the way; network evaluations for each image."""
+        chunk, self.evaluated = self.sample.chunk, 0
+        chunks, frames = [], []
+        shown_at = set(timesteps[:: max(1, len(timesteps) // FRAMES)]) | {timesteps[-1]}
+        starts = range(0, n, chunk)
+        with progress(total=len(starts) * len(timesteps) * chunk, unit="eval", label=label) as bar:
+            for first in starts:
+                for t, x, _ in self._steps(first, sampler, timesteps, options):
+                    if first == 0 and t in shown_at:
+                        frames.append(to_uint8(x[: min(SHOWN, n)]).cpu().numpy())
+                    bar.update(chunk)
+                chunks.append(to_uint8(x).cpu())
+        return torch.cat(chunks)[:n], frames, self.evaluated // (len(starts) * chunk)
+
+    def asked(self, labels: Tensor) -> Tensor:
+        """The labels that were asked for: -1 where the network knows none."""
+        return labels if self.about["network"]["conditional"] else torch.full_like(labels, -1)
+
+    def _steps(self, first: int, sampler: str, timesteps: list[int], options: dict[str, float]) -> Steps:
+        index = torch.arange(first, first + self.sample.chunk, device=self.device)
+        denoise = clipped_denoiser(
+            self._network,
+            self.about["diffusion"]["prediction"],
+            class_sequence(index, self.counts),
+            unlabelled=self.about["num_classes"],
+            guidance=self.sample.guidance,
+            guidance_interval=self.guidance_interval,
+        )
+
+        def noise_at(t: int) -> Tensor:
+            return noise.gaussian(self.cell.seed, index, t, (1, self.size, self.size))
+
+        return SAMPLERS[sampler](denoise, noise_at(self.cell.T), self.alpha_bar, timesteps, noise_at, **options)
+
+    def _network(self, x: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
+        self.evaluated += len(x)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sample.precision == "bf16"):
+            return self.net(x, logsnr, y)
 
 
 def class_sequence(index: Tensor, counts: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Train the network of one cell.
 
 Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, the average at each quarter of
-the images, a preview grid for each of them, and the loss curve.
+the last phase, a preview grid for each report, and the loss curve.
 
     python -m stages.train mnist-cosine-1000-0
 """
@@ -9,14 +9,17 @@ the images, a preview grid for each of them, and the loss curve.
 import copy
 import csv
 import functools
+import itertools
 import math
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages import UserError
 from stages.datasets.images import to_float
@@ -25,16 +28,31 @@ from stages.diffusion.schedules import noise_levels
 from stages.networks import ema
 from stages.networks.muon import Muon
 from stages.networks.unet import UNet
-from stages.pipeline import checkpoint, figures, params, paths
+from stages.pipeline import checkpoint, figures, params, paths, tracking
 from stages.pipeline.preview import preview
-from stages.pipeline.stage import progress, read_json, run, whole_file, whole_folder
+from stages.pipeline.stage import peak_memory, progress, read_json, run, whole_file, whole_folder
 
 Loss = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(net, x0, y, t, eps) -> the mean squared error of what the network predicts."""
 
+STATE = "state.safetensors"  # all that an unfinished training needs to go on
 
-def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network, train: params.Train) -> dict[str, Any]:
-    """Train with the whole split resident as one uint8 tensor; the randomness of a step is a function of (seed, step)."""
+
+class Phase(NamedTuple):
+    """A stretch of training with a learning-rate schedule of its own: the steps begin + 1 .. end."""
+
+    begin: int
+    end: int
+
+
+def main(
+    cell: params.Cell, diffusion: params.Diffusion, network: params.Network, train: params.Train, runtime: params.Runtime
+) -> dict[str, Any]:
+    """Train with the whole split resident as one uint8 tensor; the randomness of a step is a function of (seed, step).
+
+    So a killed training goes on from its last checkpoint to the same bits, and one with a phase more from the finished phases
+    before it, where they are still there.
+    """
     device = checkpoint.device()
     checkpoint.check_bf16(train.precision)
     _set_kernels(train.deterministic)
@@ -45,7 +63,7 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
     size = images.shape[-1]
     alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, reference_size=diffusion.reference_size)).to(device)
 
-    # Network, its average, optimiser. What is needed to build the network again travels with the weights.
+    # Network, its average, optimisers. What is needed to build the network again travels with the weights.
     about = {"cell": str(cell), "size": size, "num_classes": len(class_names), "class_names": class_names}
     about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump()}
     torch.manual_seed(cell.seed)
@@ -53,18 +71,30 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     weights, averages = list(net.parameters()), list(net_ema.parameters())
-    optimizers = _optimizers(net, train)
+    modules, optimizers = {"net": net, "ema": net_ema}, _optimizers(net, train)
     loss_of = _loss(diffusion.prediction, alpha_bar, train.precision)
 
+    # What happens when.
+    phases = _phases(train)
+    last, points = phases[-1], train.curve_points
+    report_at = {phase.begin + math.ceil((phase.end - phase.begin) * k / points) for phase in phases for k in range(1, points + 1)}
+    snapshot_at = {last.begin + math.ceil((last.end - last.begin) * k / 4): f"ema-{25 * k}" for k in (1, 2, 3)} | {last.end: "ema"}
+
     # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
-    steps = math.ceil(train.images / train.batch)
-    report_at = {math.ceil(steps * k / train.curve_points) for k in range(1, train.curve_points + 1)}
-    snapshot_at = {math.ceil(steps * k / 4): f"ema-{25 * k}" for k in (1, 2, 3)} | {steps: "ema"}
-    curve: list[dict[str, Any]] = []
-    losses: list[Tensor] = []
-    seconds, started = 0.0, time.perf_counter()
-    with whole_folder(paths.weights(str(cell))) as folder:
-        for step in progress(range(1, steps + 1), total=steps, unit="step", label=str(cell)):
+    names = _fingerprints(cell, diffusion, network, train)
+    with checkpoint.unfinished(names[-1]) as work, tracking.live(cell) as live:
+        losses, so_far = _restore(work, names, modules, optimizers)
+        if so_far["step"]:
+            print(f"{cell}: going on from step {so_far['step']} of {last.end}", flush=True)
+        curve, clock, seconds = so_far["curve"], so_far["clock"], so_far["seconds"]
+        marked, started = so_far["step"], time.perf_counter()  # since when `seconds` does not count
+        saved = started
+        steps = progress(range(marked + 1, last.end + 1), total=last.end, initial=marked, unit="step", label=str(cell))
+        for step in steps:
+            phase = next(phase for phase in phases if step <= phase.end)
+            step_of_phase = step - phase.begin
+            if step_of_phase == 1:
+                optimizers = _optimizers(net, train)
             rng = torch.Generator(device).manual_seed((cell.seed << 32) + step)
             batch = batch_of_step(step, train.batch, len(images), cell.seed).to(device)
             x0, y = to_float(images[batch]), labels[batch]
@@ -75,37 +105,80 @@ def main(cell: params.Cell, diffusion: params.Diffusion, network: params.Network
             loss = loss_of(net, x0, y, t, eps)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, train.grad_clip)
-            lr = learning_rate(step, steps, train)
+            lr = learning_rate(step_of_phase, phase.end - phase.begin, train)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr
                 optimizer.step()
             net.zero_grad()
-            ema.update(averages, weights, step=step, halflife=train.ema_halflife)
+            ema.update(averages, weights, step=step_of_phase, halflife=train.ema_halflife)
             losses.append(loss.detach())
 
             if step in report_at or step in snapshot_at:
                 train_loss = _finite_mean(losses, step)
-                seconds += time.perf_counter() - started
+                elapsed = time.perf_counter() - started
+                seconds += elapsed
                 if step in report_at:
                     val_loss = _validate(loss_of, net_ema, val_images, val_labels, cell.T)
-                    row = {
-                        "step": step,
-                        "images": step * train.batch,
-                        "lr": lr,
-                        "train_loss": train_loss,
-                        "val_loss": val_loss,
-                    }
-                    curve.append(row)
+                    row = {"step": step, "images": step * train.batch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+                    curve.append({key: float(f"{value:.6g}") for key, value in row.items()})
+                    rate = (step - marked) * train.batch / elapsed
+                    clock.append({"step": step, "images_per_sec": round(rate, 1), **peak_memory(), **checkpoint.device_memory()})
                     losses.clear()
+                    picture = work / "weights" / "previews" / f"{step:08d}.png"
+                    figures.save_png(picture, preview(net_ema, size, diffusion.prediction, alpha_bar))
+                    live.report(curve[-1] | clock[-1], picture, step / last.end, (last.end - step) * train.batch / rate)
                 if step in snapshot_at:
-                    name = snapshot_at[step]
-                    checkpoint.save_tensors(folder / f"{name}.safetensors", net_ema.state_dict(), **about)
-                    pixels = preview(net_ema, size, diffusion.prediction, alpha_bar)
-                    figures.save_png(folder / "previews" / f"{name}.png", pixels)
-                started = time.perf_counter()
-        checkpoint.save_tensors(folder / "raw.safetensors", net.state_dict(), **about)
-    _write_curve(paths.loss_curve(str(cell)), curve)
-    return {"images_per_sec": round(steps * train.batch / seconds, 1), **checkpoint.device_memory()}
+                    file = work / "weights" / f"{snapshot_at[step]}.safetensors"
+                    checkpoint.save_tensors(file, net_ema.state_dict(), **about, images=step * train.batch)
+                marked, started = step, time.perf_counter()
+            if step == phase.end or time.perf_counter() - saved >= runtime.checkpoint_seconds:
+                so_far = {"step": step, "curve": curve, "clock": clock, "seconds": seconds + time.perf_counter() - started}
+                over = phases.index(phase) if step == phase.end else None
+                so_far["fingerprint"] = names[-1] if over is None else names[over]
+                checkpoint.save_state(work / STATE, modules, optimizers if over is None else [], losses, **so_far)
+                if over is not None:
+                    checkpoint.finish(work, names[over])
+                saved = time.perf_counter()
+        with whole_folder(paths.weights(str(cell))) as folder:
+            shutil.copytree(work / "weights", folder, dirs_exist_ok=True)
+            checkpoint.save_tensors(folder / "raw.safetensors", net.state_dict(), **about)
+        _write_curve(paths.loss_curve(str(cell)), curve)
+    return {"images_per_sec": round(last.end * train.batch / seconds, 1), "by_step": clock}
+
+
+def _phases(train: params.Train) -> list[Phase]:
+    ends = list(itertools.accumulate(math.ceil(images / train.batch) for images in train.images))
+    return [Phase(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _fingerprints(cell: params.Cell, diffusion: params.Diffusion, network: params.Network, train: params.Train) -> list[str]:
+    """What the state of this training is known by after each of its phases: a hash of all that leads there."""
+    folder = paths.prepared(cell.dataset)
+    files = [Path(__file__), folder / "train.safetensors", folder / "dataset.json"]
+    values = [str(cell), diffusion.model_dump(), network.model_dump(), train.model_dump(exclude={"images"})]
+    return [checkpoint.fingerprint(files, *values, train.images[: k + 1]) for k in range(len(train.images))]
+
+
+def _restore(
+    work: Path, names: list[str], modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer]
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Set modules and optimisers to where the training stands; the losses since the last report, and the rest of its state.
+
+    That is where it was killed, else the end of as many of its phases as were finished before, else the start.
+    """
+    for folder in (work, *(checkpoint.finished(name) for name in reversed(names[:-1]))):
+        if not (folder / STATE).exists():
+            continue
+        try:
+            found = checkpoint.load_state(folder / STATE, names, modules, optimizers)
+        except UserError as error:
+            print(f"{error}; starting over", file=sys.stderr, flush=True)
+            shutil.rmtree(folder)
+            continue
+        shutil.copytree(folder, work, dirs_exist_ok=True) if folder != work else None
+        return found
+    work.mkdir(exist_ok=True)
+    return [], {"step": 0, "curve": [], "clock": [], "seconds": 0.0}
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:
@@ -196,7 +269,7 @@ def _set_kernels(deterministic: bool) -> None:
 
 def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, curve[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, ("step", "images", "lr", "train_loss", "val_loss"), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in curve)
 

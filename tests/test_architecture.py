@@ -121,9 +121,9 @@ def test_closure_follows_science_but_not_plumbing() -> None:
 
 
 def declared(source: str) -> set[str]:
-    """The entries of `params:` that a stage's main asks for, by the names of its arguments."""
+    """The entries of `params:` that a stage's main asks for, by the names of its arguments; `runtime` cannot change a result."""
     main = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    names = [argument.arg for argument in main.args.args if argument.arg not in ("dataset", "cell")]
+    names = [argument.arg for argument in main.args.args if argument.arg not in ("dataset", "cell", "runtime")]
     return {"data.${item.dataset}" if name == "data" else name.replace("__", ".") for name in names}
 
 
@@ -154,7 +154,9 @@ def promised(stage: str) -> set[str]:
         "extractor": {str(paths.extractor(name)), str(paths.scores(stage, name))},
         "reference": {str(paths.reference(name)), str(paths.scores(stage, name))},
         "train": {str(paths.weights(name)), str(paths.loss_curve(name))},
-        "sample": files(paths.samples, "fast.safetensors", "ancestral.safetensors", "grid.png", "denoising.gif"),
+        "sample": files(
+            paths.samples, "fast.safetensors", "ancestral.safetensors", "snapshots.safetensors", "grid.png", "denoising.gif"
+        ),
         "evaluate": {str(paths.scores(stage, name))},
     }
     return made[stage] | {str(paths.timing(stage, name))}

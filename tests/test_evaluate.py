@@ -63,7 +63,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_tensors(paths.prepared("bars") / "test.safetensors", bars(120, seed=1))
         write_json(paths.prepared("bars") / "dataset.json", {"class_names": ["top", "middle", "bottom"]})
         extractor.main("bars", EXTRACTOR)
-        reference.main("bars", N)
+        reference.main("bars", N, N // 4)
         yield folder
 
 
@@ -92,8 +92,10 @@ def test_extractor_stops_at_a_loss_that_is_no_number() -> None:
 
 def test_reference_measures_disjoint_draws_of_n(tree: Path) -> None:
     floors = read_json(paths.scores("reference", "bars"))
-    assert (floors["images"], floors["draws"], floors["test_images"]) == (N, 2, 120)
-    assert floors["fid"]["value"] > 0 < floors["fid"]["error"]
+    assert floors["test_images"] == 120
+    few, many = floors["sets"][str(N // 4)], floors["sets"][str(N)]
+    assert (few["draws"], many["draws"]) == (8, 2)
+    assert few["fid"]["value"] > many["fid"]["value"] > 0 < many["fid"]["error"]  # FID falls with N
     assert floors["accuracy"] == read_json(paths.scores("extractor", "bars"))["accuracy"]
     labels = load_tensors(paths.prepared("bars") / "test.safetensors")[0]["labels"]
     assert floors["class_frequencies"] == pytest.approx((labels.bincount(minlength=CLASSES) / 120).tolist())
@@ -111,7 +113,7 @@ def test_every_stretch_of_the_balanced_order_holds_the_classes_at_their_frequenc
 
 def test_reference_refuses_more_images_than_there_are(tree: Path) -> None:
     with pytest.raises(UserError, match=r"sample.images = 451 must be at most 450"):
-        reference.main("bars", 451)
+        reference.main("bars", 451, 50)
 
 
 def test_real_images_score_near_the_floor_and_spoilt_ones_do_not(tree: Path) -> None:
@@ -200,6 +202,9 @@ def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: py
     save_network(cell)
     for name, n in (("fast", N), ("ancestral", 20)):
         save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5)
+    snapshots = {"images": torch.stack([bars(50, seed=5)["images"]] * 4), "labels": bars(50, seed=5)["labels"]}
+    trained = torch.tensor([25, 50, 75, 100])
+    save_tensors(paths.samples(str(cell)) / "snapshots.safetensors", {**snapshots, "trained_images": trained})
     published = []
     monkeypatch.setattr(
         evaluate.tracking, "publish", lambda cell: published.append(paths.scores("evaluate", str(cell)).read_bytes())
@@ -208,7 +213,10 @@ def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: py
     evaluate.main(cell, EVALUATE)
     assert published[0] == published[1]
     scores = json.loads(published[0])
-    assert scores.keys() == {"fast", "ancestral", "eps_mse", "logsnr_grid"}
+    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid"}
+    assert [point["trained_images"] for point in scores["over_training"]] == [25, 50, 75, 100]
+    floors = read_json(paths.scores("reference", "bars"))["sets"]["50"]
+    assert all(point["fid"]["floor"] == floors["fid"]["value"] for point in scores["over_training"])
     assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5}
     assert scores["fast"]["scored"]
     assert not scores["ancestral"]["scored"]

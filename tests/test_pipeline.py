@@ -24,7 +24,7 @@ data:
 extractor: {images: 64, batch: 32}
 network: {base_channels: 8}
 train: {images: 128, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 4}
-sample: {images: 64, ancestral_images: 8, chunk: 32, fast: {steps: 2}}
+sample: {images: 64, ancestral_images: 8, snapshot_images: 32, chunk: 32, fast: {steps: 2}}
 evaluate: {images: 32, draws: 2, min_scored: 32}
 """
 
@@ -94,8 +94,7 @@ def test_first_run_makes_everything(tree: Path) -> None:
             path = out if isinstance(out, str) else next(iter(out))
             assert (tree / path.replace("${item.dataset}", "persian_glyphs").replace("${key}", CELL)).exists(), path
     summary = json.loads((tree / "metrics/summary.json").read_text())
-    assert list(summary) == [CELL]
-    assert summary[CELL]["fid"] > 0
+    assert summary["persian_glyphs"]["fid"] > 0
     report = (tree / "metrics/report.md").read_text()
     assert "synthetic" in report
     for picture in [part.split(")")[0] for part in report.split("](")[1:]]:
@@ -125,9 +124,12 @@ def test_mlflow_holds_the_cell(tree: Path) -> None:
     lines = (tree / f"metrics/train/{CELL}.csv").read_text().splitlines()
     history = client.get_metric_history(run.info.run_id, "train_loss")
     assert [point.step for point in history] == [int(line.split(",")[0]) for line in lines[1:]]
-    found = {item.path for name in ("samples", "data", "previews") for item in client.list_artifacts(run.info.run_id, name)}
+    found = {item.path for name in ("samples", "data", "images") for item in client.list_artifacts(run.info.run_id, name)}
     assert {"samples/grid.png", "samples/denoising.gif", "data/dataset.json"} <= found
-    assert any(path.startswith("previews/") for path in found)
+    previews = sorted(int(path.split("+")[2]) for path in found if path.endswith(".webp"))
+    assert previews == [point.step for point in history]
+    scored = client.get_metric_history(run.info.run_id, "snapshot_fid")
+    assert [point.step for point in scored] == [2, 4, 6, 8]
     assert run.inputs.dataset_inputs[0].dataset.name == "persian_glyphs"
 
 
@@ -175,4 +177,5 @@ def test_one_more_schedule_runs_only_the_new_cells(tree: Path) -> None:
     assert second.data.tags["dirty"] == "true"
     patch = Path(second.info.artifact_uri.removeprefix("file://")) / "diff.patch"
     assert "linear_unscaled" in patch.read_text()
-    assert list(json.loads((tree / "metrics/summary.json").read_text())) == [CELL, new]
+    rows = (tree / "metrics/summary.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["cell", CELL, new]

@@ -21,7 +21,7 @@ def options(tmp_path, monkeypatch):
     paths.prepared("toy").mkdir(parents=True)
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"images_per_class": {"test": [2, 1, 1]}}))
     return params.Sample(
-        images=10, ancestral_images=5, guidance=0.3, guidance_interval=[-4.0, 4.0], precision="fp32", chunk=4,
+        images=10, ancestral_images=5, snapshot_images=6, guidance=0.3, guidance_interval=[-4.0, 4.0], precision="fp32", chunk=4,
         fast=params.FastSampler(sampler="ddim", steps=4, eta=0.0), ancestral=params.AncestralSampler(sampler="ddpm"),
     )  # fmt: skip
 
@@ -33,8 +33,9 @@ def save_network(conditional):
     net = UNet(size=8, num_classes=3, **network)
     for weights in net.parameters():
         torch.nn.init.normal_(weights, std=0.2)
-    about = {"size": 8, "num_classes": 3, "network": network, "diffusion": {"prediction": "v", "reference_size": 8}}
-    checkpoint.save_tensors(paths.weights(str(CELL)) / "ema.safetensors", net.state_dict(), **about)
+    about = {"images": 64, "size": 8, "num_classes": 3, "network": network, "diffusion": {"prediction": "v", "reference_size": 8}}
+    for name in ("ema-25", "ema-50", "ema-75", "ema"):
+        checkpoint.save_tensors(paths.weights(str(CELL)) / f"{name}.safetensors", net.state_dict(), **about)
 
 
 def drawn(name):
@@ -50,6 +51,11 @@ def test_writes_both_sets_a_grid_and_an_animation(options):
     # Cosine's log-SNR at t = 11, 8, 5, 2 of 12 is about -11, -1.8, 0 and 1.7: all but the first are guided.
     assert how["network_evaluations"] == 7
     assert measured["fast_images_per_sec"] > 0
+    snapshots, _ = drawn("snapshots")
+    assert snapshots["images"].shape == (4, 6, 1, 8, 8)
+    assert torch.equal(snapshots["images"][0], fast["images"][:6])  # the four averages are the same here
+    assert torch.equal(snapshots["labels"], fast["labels"][:6])
+    assert snapshots["trained_images"].tolist() == [64] * 4
     folder = paths.samples(str(CELL))
     assert Image.open(folder / "grid.png").size == ((10 * 9 + 1) * 2, (3 * 9 + 1) * 2)
     assert Image.open(folder / "denoising.gif").n_frames == 12

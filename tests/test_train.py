@@ -1,12 +1,17 @@
 import csv
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from stages import UserError, train
-from stages.pipeline import checkpoint, params, paths
+from stages.pipeline import checkpoint, params, paths, tracking
 
 CELL = params.Cell("toy", "cosine", 8, 3)
 
@@ -15,6 +20,9 @@ CELL = params.Cell("toy", "cosine", 8, 3)
 def sections(tmp_path, monkeypatch):
     """A toy dataset in an empty folder, and sections small enough to train on it in a second."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        train.tracking, "live", lambda cell: Mock(spec=tracking.Live, __enter__=Mock(), __exit__=Mock(return_value=None))
+    )
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (48, 1, 8, 8), generator=rng, dtype=torch.uint8)
     checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", {"images": images, "labels": torch.arange(48) % 2})
@@ -24,7 +32,50 @@ def sections(tmp_path, monkeypatch):
         "images": 64, "batch": 8, "lr": 1e-3, "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
-    return params.Diffusion(prediction="v", reference_size=8), params.Network(**network, conditional=True), params.Train(**options)
+    return (
+        params.Diffusion(prediction="v", reference_size=8),
+        params.Network(**network, conditional=True),
+        params.Train(**options),
+        params.Runtime(experiment="test", checkpoint_seconds=0.0),
+    )
+
+
+def changed(sections, **options):
+    diffusion, network, old, runtime = sections
+    return diffusion, network, old.model_copy(update=options), runtime
+
+
+class Killed(BaseException):
+    """What stops a training anywhere, with no chance to tidy up."""
+
+
+@pytest.fixture
+def killed_at(sections, monkeypatch):
+    """Train until a step begins, and no further."""
+    step_of = train.batch_of_step
+
+    def run(last, arguments=sections):
+        def batch_of_step(step, *rest):
+            if step == last:
+                raise Killed
+            steps.append(step)
+            return step_of(step, *rest)
+
+        steps = []
+        monkeypatch.setattr(train, "batch_of_step", batch_of_step)
+        try:
+            train.main(CELL, *arguments)
+        except Killed:
+            pass
+        finally:
+            monkeypatch.setattr(train, "batch_of_step", step_of)
+        return steps
+
+    return run
+
+
+def results():
+    return bits(paths.weights(str(CELL))), paths.loss_curve(str(CELL)).read_text()
 
 
 def bits(folder):
@@ -35,12 +86,13 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     measured = train.main(CELL, *sections)
     folder = paths.weights(str(CELL))
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")}
-    averages = {"ema-25", "ema-50", "ema-75", "ema"}
-    assert names == {f"{n}.safetensors" for n in averages | {"raw"}} | {f"previews/{n}.png" for n in averages}
+    weights = {f"{name}.safetensors" for name in ("ema-25", "ema-50", "ema-75", "ema", "raw")}
+    assert names == weights | {f"previews/0000000{step}.png" for step in (2, 4, 6, 8)}
     rows = list(csv.DictReader(paths.loss_curve(str(CELL)).open()))
     assert [int(row["images"]) for row in rows] == [16, 32, 48, 64]
     assert all(0.1 < float(row["train_loss"]) < 3 for row in rows)
     assert measured["images_per_sec"] > 0
+    assert [point["step"] for point in measured["by_step"]] == [2, 4, 6, 8]
     net, about = checkpoint.load_network(folder / "ema.safetensors")
     assert about["cell"] == str(CELL)
     assert about["diffusion"] == {"prediction": "v", "reference_size": 8}
@@ -69,13 +121,12 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(sections, m
         train.main(CELL, *sections)
     assert not paths.weights(str(CELL)).exists()
     assert not paths.loss_curve(str(CELL)).exists()
-    assert list(paths.weights(str(CELL)).parent.iterdir()) == []
+    assert not list(checkpoint.workspace().glob(".state/checkpoints/*"))
 
 
 def test_holding_out_everything_is_refused(sections):
-    diffusion, network, options = sections
     with pytest.raises(UserError, match=r"train.validation_images = 48 must be less than the 48 images"):
-        train.main(CELL, diffusion, network, options.model_copy(update={"validation_images": 48}))
+        train.main(CELL, *changed(sections, validation_images=48))
 
 
 def test_every_epoch_visits_every_image_once_whatever_the_batch():
@@ -100,3 +151,89 @@ def test_learning_rate_warms_up_and_ends_near_zero(sections):
     assert rates[0] == pytest.approx(options.lr / 2)
     assert max(rates) == rates[1] < options.lr
     assert 0 < rates[-1] < 0.05 * options.lr
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 7])
+def test_killed_training_goes_on_to_the_bits_of_an_unbroken_one(sections, killed_at, last):
+    train.main(CELL, *sections)
+    unbroken = results()
+    assert killed_at(last) == list(range(1, last))
+    assert killed_at(None) == list(range(last, 9))  # a checkpoint after every step: none is taken twice
+    assert results() == unbroken
+    assert list(train.checkpoint.workspace().glob(".state/checkpoints/*")) == []
+
+
+def test_kills_while_a_checkpoint_is_written_lose_one_interval(sections, killed_at, monkeypatch):
+    train.main(CELL, *sections)
+    unbroken = results()
+    replace, replaced = Path.replace, []
+
+    def replace_and_die(self, target):
+        replaced.append(target)
+        if len(replaced) == 7:
+            raise Killed
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_and_die)
+    stopped = killed_at(None)
+    monkeypatch.setattr(Path, "replace", replace)
+    assert 1 < len(stopped) < 8
+    assert killed_at(None)[0] >= stopped[-1]
+    assert results() == unbroken
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state: state.write_bytes(state.read_bytes()[:-100]), "is damaged"),
+        (lambda state: state.write_bytes(b""), "is damaged"),
+        (lambda state: checkpoint.save_tensors(state, {"x": torch.zeros(1)}, fingerprint="other"), "is of another training"),
+    ],
+)
+def test_a_broken_or_foreign_checkpoint_is_refused_with_a_warning(sections, killed_at, capsys, spoil, says):
+    train.main(CELL, *sections)
+    unbroken = results()
+    killed_at(5)
+    (state,) = checkpoint.workspace().glob(".state/checkpoints/*/state.safetensors")
+    spoil(state)
+    assert killed_at(None) == list(range(1, 9))
+    assert says in (told := capsys.readouterr().err)
+    assert "starting over" in told
+    assert results() == unbroken
+
+
+def test_other_settings_data_or_code_start_over(sections, killed_at, monkeypatch):
+    killed_at(5)
+    assert killed_at(3, changed(sections, lr=2e-3)) == [1, 2]
+    path = paths.prepared("toy") / "train.safetensors"
+    split, _ = checkpoint.load_tensors(path)
+    checkpoint.save_tensors(path, {"images": split["images"].flip(0), "labels": split["labels"]})
+    assert killed_at(3) == [1, 2]
+    monkeypatch.setattr(checkpoint, "md5", lambda path: "changed" if path.name == "unet.py" else "same")
+    assert killed_at(3) == [1, 2]
+
+
+def test_one_phase_more_goes_on_from_the_finished_ones_to_the_same_bits(sections, killed_at):
+    longer = changed(sections, images=[64, 80])
+    assert killed_at(None, longer) == list(range(1, 19))
+    from_nothing = results()
+    shutil.rmtree(checkpoint.workspace() / ".state")
+    killed_at(None)
+    assert killed_at(12, longer) == list(range(9, 12))  # steps 1..8 were the first phase
+    assert killed_at(None, longer) == list(range(12, 19))
+    assert results() == from_nothing
+    rates = [float(row["lr"]) for row in csv.DictReader(paths.loss_curve(str(CELL)).open())]
+    assert len(rates) == 8
+    assert rates[4] > rates[3]  # a schedule of its own, to be seen in the curve
+    assert results()[0]["ema-25.safetensors"] != results()[0]["ema.safetensors"]
+
+
+def test_a_second_writer_waits(sections, killed_at, capfd):
+    killed_at(3)
+    (folder,) = checkpoint.workspace().glob(".state/checkpoints/*")
+    code = "import sys, time; from filelock import FileLock\nwith FileLock(sys.argv[1]): print(flush=True); time.sleep(1)"
+    lock = folder.parents[1] / "locks" / f"{folder.name}.lock"
+    with subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert killed_at(None) == list(range(3, 9))
+        assert "waiting for it to end" in capfd.readouterr().err

@@ -1,19 +1,27 @@
-"""Weights on disk: safetensors with the parameters that built the network in their metadata; no pickle, ever."""
+"""Weights on disk: safetensors with the parameters that built the network in their metadata; no pickle, ever.
 
+Also unfinished training, which survives any kill in .state/checkpoints of the original working tree, and the finished phases
+that a longer training goes on from, in .state/finished.
+"""
+
+import contextlib
 import json
+import shutil
 import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages import UserError
 from stages.networks.classifier import Classifier
 from stages.networks.unet import UNet
-from stages.pipeline.stage import whole_file
+from stages.pipeline.provenance import content_hash, md5, workspace
+from stages.pipeline.stage import alone, whole_file, whole_folder
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
@@ -65,3 +73,91 @@ def load_classifier(path: Path) -> Classifier:
     net = Classifier(**about["classifier"])
     net.load_state_dict(weights)
     return net.to(device()).to(memory_format=torch.channels_last).eval()
+
+
+def fingerprint(files: Iterable[Path], *values: Any) -> str:
+    """A hash of what decides the bits of a training: values, the content of files, the code of the science, the machine.
+
+    Args:
+        files: data, and code outside the science.
+        values: anything that JSON can hold.
+    """
+    science = ("stages.datasets.", "stages.diffusion.", "stages.networks.")
+    code = [Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith(science)]
+    machine = [device().type, torch.get_num_threads(), torch.__version__]
+    return content_hash([[md5(path) for path in (*files, *sorted(code))], machine, *values])[:32]
+
+
+@contextlib.contextmanager
+def unfinished(name: str) -> Iterator[Path]:
+    """The folder of one unfinished training, held against a second writer; removed when the block ends without an error."""
+    folder = workspace() / ".state" / "checkpoints" / name
+    with alone(folder.parents[1] / "locks" / f"{name}.lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield folder
+        except UserError:  # to go on would end the same way
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def finished(name: str) -> Path:
+    """The folder of a training whose phases are all over, kept for longer ones to go on from; it need not exist."""
+    return workspace() / ".state" / "finished" / name
+
+
+def finish(folder: Path, name: str) -> None:
+    """Keep a copy of an unfinished training, less its averages, as a finished one."""
+    with whole_folder(finished(name)) as kept:
+        shutil.copytree(folder, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("ema*"))
+
+
+def save_state(
+    path: Path, modules: dict[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], losses: list[Tensor], **about: Any
+) -> None:
+    """Write all that a training needs to go on, whole.
+
+    Args:
+        losses: 0-d tensors, those of the steps since the last report.
+        about: anything that JSON can hold; `fingerprint` among it.
+    """
+    tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"{i}/{index}/{key}": value for key, value in values.items()}
+    tensors["losses"] = torch.stack(losses) if losses else torch.empty(0)
+    save_tensors(path, tensors, **about)
+
+
+def load_state(
+    path: Path, names: Collection[str], modules: dict[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """What `save_state` wrote: modules and optimizers are set in place, `losses` and `about` returned.
+
+    Raises:
+        UserError: the file is missing or damaged, or its fingerprint is none of `names`; nothing is set then.
+    """
+    tensors, about = load_tensors(path)
+    if about.get("fingerprint") not in names:
+        raise UserError(f"{path} is of another training")
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    for name, module in modules.items():
+        module.load_state_dict(under(f"{name}/"))
+    for i, optimizer in enumerate(optimizers):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        state = {index: _laid_out(weight, under(f"{i}/{index}/")) for index, weight in enumerate(weights)}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {index: values for index, values in state.items() if values}, "param_groups": groups})
+    return list(tensors["losses"].to(device())), about
+
+
+def _laid_out(weight: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a weight in the memory layout of that weight, which fused optimizers count on."""
+    return {
+        key: torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value.to(weight.device)
+        for key, value in state.items()
+    }

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -23,6 +32,16 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _as_phases(value: Any) -> Any:
+    if isinstance(value, list) and len(value) < 2:
+        raise ValueError(f"{value} must be a number, or a list of two phases or more")
+    return value if isinstance(value, list) else [value]
+
+
+# A list of phases, written as a number where there is but one.
+Phases = Annotated[list[Count], BeforeValidator(_as_phases), PlainSerializer(lambda phases: phases if phases[1:] else phases[0])]
 
 
 class Section(BaseModel):
@@ -119,9 +138,9 @@ class Network(Section):
 
 
 class Train(Section):
-    """Optimisation; lengths are counted in images."""
+    """Optimisation; lengths are counted in images. `images` is a list of phases, each a learning-rate schedule of its own."""
 
-    images: Count
+    images: Phases
     batch: Count
     lr: Positive
     warmup_images: Annotated[int, Field(ge=0)]
@@ -135,9 +154,9 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _long_enough(self) -> "Train":
-        if self.images < 4 * self.batch:
+        if min(self.images) < 4 * self.batch:
             raise ValueError(
-                f"images = {self.images} must be at least 4 batches of {self.batch}: the average is kept at each quarter"
+                f"images = {min(self.images)} must be at least 4 batches of {self.batch}: the average is kept at each quarter"
             )
         return self
 
@@ -161,12 +180,19 @@ class Sample(Section):
 
     images: Count
     ancestral_images: Count
+    snapshot_images: Count
     guidance: NonNegative
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)]
     precision: Precision
     chunk: Count
     fast: FastSampler
     ancestral: AncestralSampler
+
+    @model_validator(mode="after")
+    def _snapshots_fit(self) -> "Sample":
+        if self.snapshot_images > self.images:
+            raise ValueError(f"snapshot_images = {self.snapshot_images} must be at most images = {self.images}")
+        return self
 
     @model_validator(mode="after")
     def _interval_rises(self) -> "Sample":
@@ -189,6 +215,7 @@ class Runtime(Section):
     """What cannot change a result."""
 
     experiment: Annotated[str, StringConstraints(min_length=1)]
+    checkpoint_seconds: NonNegative
 
 
 class Params(Section):

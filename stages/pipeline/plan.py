@@ -9,6 +9,7 @@ python -m stages.pipeline.plan profile NAME    merge profiles/NAME.yaml into par
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from stages import UserError
 from stages.pipeline import params, paths, results
@@ -31,6 +34,8 @@ def plan() -> None:
     params.load()  # a mistake in it is told here, in one line
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     asked = subprocess.run(command, capture_output=True, text=True)
+    if busy := re.search(r"is busy.*PID (\d+)", asked.stderr, re.DOTALL):
+        raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
     if asked.returncode:
         raise UserError(f"`dvc status` failed: {asked.stderr.strip()}")
     stages = with_followers(set(json.loads(asked.stdout)))
@@ -105,7 +110,10 @@ def prune(really: bool) -> None:
 
 
 def leftovers(loaded: params.Params) -> list[Path]:
-    """Files and folders under metrics, models and samples that belong to no cell of the sweep and to no dataset in it."""
+    """Files and folders under metrics, models and samples that belong to no cell of the sweep and to no dataset in it.
+
+    Also the state of trainings in .state: those that a kill broke off, and finished ones that longer ones could go on from.
+    """
     cells = {str(cell) for cell in loaded.sweep.cells()}
     datasets = set(loaded.sweep.datasets)
     folders: dict[Path, set[str]] = {paths.weights("x").parent: cells, paths.samples("x").parent: cells}
@@ -114,7 +122,10 @@ def leftovers(loaded: params.Params) -> list[Path]:
     folders |= {paths.timing(stage, "x").parent: datasets for stage in PER_DATASET}
     folders |= {paths.scores(stage, "x").parent: datasets for stage in ("extractor", "reference")}
     folders |= {make("x").parent: datasets for make in (paths.extractor, paths.reference)}
-    return [path for folder, names in folders.items() for path in sorted(folder.glob("[!.]*")) if _name(path) not in names]
+    abandoned = [path for path in sorted(Path(".state").glob("[cf]*/*")) if not _is_held(Path(".state/locks", f"{path.name}.lock"))]
+    return abandoned + [
+        path for folder, names in folders.items() for path in sorted(folder.glob("[!.]*")) if _name(path) not in names
+    ]
 
 
 def profile(name: str) -> None:
@@ -126,6 +137,14 @@ def profile(name: str) -> None:
     with whole_file(params.PARAMS) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{params.PARAMS} now holds {path}. `git diff {params.PARAMS}` shows it, `git checkout {params.PARAMS}` undoes it.")
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -12,10 +12,10 @@ from stages.pipeline.figures import Pixels, grid
 
 
 @torch.no_grad()
-def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor, *, columns: int = 10, rows: int = 4) -> Pixels:
-    """Grid of samples, always from the same noise: DDIM in at most 20 steps, the classes one after another."""
+def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor, *, columns: int = 10, rows: int = 2) -> Pixels:
+    """Grid of samples, always from the same noise: DDIM in at most 20 steps, the labels spread over the classes."""
     index = torch.arange(rows * columns, device=alpha_bar.device)
-    y = index % net.num_classes
+    y = index * net.num_classes // len(index)
     T = len(alpha_bar)
     denoise = clipped_denoiser(net, prediction, y, unlabelled=net.num_classes, guidance=0)
     x_T = noise.gaussian(0, index, T, (1, size, size))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,14 @@ class Tree:
             for name, value in self._params_of(stage, cell).items():
                 flat |= _flatten(name, value)
         return flat
+
+    def without_last_phase(self) -> "Tree | None":
+        """The tree as it would be with one phase of training less; None where there is but one."""
+        train = self.params.train
+        if len(train.images) == 1:
+            return None
+        shorter = train.model_copy(update={"images": train.images[:-1]})
+        return replace(self, params=self.params.model_copy(update={"train": shorter}))
 
     def is_recorded(self, cell: Cell) -> bool:
         """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now."""

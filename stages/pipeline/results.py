@@ -12,6 +12,7 @@ from stages.pipeline.stage import read_json
 
 IDENTITY = ("cell", "dataset", "schedule", "T", "seed")
 CLOCKED = ("train", "sample", "evaluate")
+OVER_TRAINING = ("snapshot_fid", "snapshot_accuracy", "snapshot_confident_ratio")
 
 # Heading of the table, key of the row, format.
 _COLUMNS = (
@@ -61,6 +62,19 @@ def loss_curve(cell: Cell) -> list[dict[str, float]]:
         raise UserError(f"cell {cell} has no {path}; `dvc repro train@{cell}` makes it")
     with path.open(newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def over_training(cell: Cell) -> list[dict[str, float]]:
+    """Scores of the averages at each quarter of the last phase: `images` trained on, the names in OVER_TRAINING, their errors."""
+    points = read_json(paths.scores("evaluate", str(cell)))["over_training"]
+    found = [{"images": point["trained_images"]} | _numbers("snapshot_", point) for point in points]
+    return [{name: value for name, value in row.items() if name.startswith(("images", *OVER_TRAINING))} for row in found]
+
+
+def clocked_by_step(cell: Cell) -> list[dict[str, float]]:
+    """What training measured with a clock at each report; nothing where it was not recorded."""
+    path = paths.timing("train", str(cell))
+    return read_json(path).get("by_step", []) if path.exists() else []
 
 
 def loss_lines(curve: list[dict[str, float]]) -> list[Line]:

@@ -2,18 +2,21 @@
 
 import argparse
 import contextlib
+import ctypes
 import inspect
 import json
 import os
 import resource
 import shutil
+import signal
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from stages import UserError
@@ -40,15 +43,53 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
         if args.dry_run:
             print(json.dumps(arguments, default=_plain, indent=2))
             return
-        start = time.perf_counter()
-        measured = main(**arguments)
-        seconds = time.perf_counter() - start
-        if subject:
-            write_json(paths.timing(stage, args.name), {**_machine(seconds), **(measured or {})})
+        _end_with_dvc()
+        with _told_to_mlflow(arguments.get("cell"), stage), alone(Path(f".state/locks/{stage}-{getattr(args, 'name', '')}.lock")):
+            start = time.perf_counter()
+            measured = main(**arguments)
+            seconds = time.perf_counter() - start
+            if subject:
+                write_json(paths.timing(stage, args.name), {**_machine(seconds), **(measured or {})})
     except UserError as error:
         sys.exit(f"{stage}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end_with_dvc() -> None:
+    """End in good order on SIGTERM; and, under DVC on Linux, get one when DVC is killed, so that no orphan goes on writing."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if "DVC_STAGE" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a lock file; wait, and say so, while another process does: never two writers. A killed process holds nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        print(f"another process makes the same ({path.stem}); waiting for it to end", file=sys.stderr, flush=True)
+        held = lock.acquire()
+    with held:
+        yield
+
+
+@contextlib.contextmanager
+def _told_to_mlflow(cell: params.Cell | None, stage: str) -> Iterator[None]:
+    """Mark the run of a cell as failed when its stage fails."""
+    try:
+        yield
+    except Exception as error:
+        if cell:
+            from stages.pipeline import tracking  # it imports this module
+
+            reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            tracking.fail(cell, f"{stage}: {reason}")
+        raise
 
 
 def _arguments(loaded: params.Params, wanted: Iterable[str], subject: str | None, name: str | None) -> dict[str, Any]:
@@ -74,9 +115,14 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if isinstance(value, params.Section) else str(value)
 
 
-def _machine(seconds: float) -> dict[str, Any]:
+def peak_memory() -> dict[str, int]:
+    """The most memory that this process has held so far, in MiB, under the name that the records give it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    machine: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_mib": round(peak)}
+    return {"peak_memory_mib": round(peak)}
+
+
+def _machine(seconds: float) -> dict[str, Any]:
+    machine: dict[str, Any] = {"seconds": round(seconds, 2), **peak_memory()}
     if "torch" in sys.modules:
         import torch
 
@@ -91,14 +137,11 @@ def _machine(seconds: float) -> dict[str, Any]:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path`, on disk, only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{path.stem}.partial{path.suffix}"  # one name, so that what a kill leaves is overwritten
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -107,11 +150,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` to fill; it becomes `path`, replacing it, only when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    temporary = path.parent / f".{path.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb+") as opened:
@@ -137,6 +180,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing; `dvc repro` makes it") from None
 
 
-def progress(items: Iterable[Any] = (), *, total: int, unit: str, label: str) -> "tqdm[Any]":
+def progress(items: Iterable[Any] = (), *, total: int, unit: str, label: str, initial: int = 0) -> "tqdm[Any]":
     """A bar with a rate and a time left, around the items or updated by hand; silent when stderr is no terminal."""
-    return tqdm(items, total=total, unit=unit, desc=label, disable=None, unit_scale=True, leave=False)
+    return tqdm(items, total=total, initial=initial, unit=unit, desc=label, disable=None, unit_scale=True, leave=False)

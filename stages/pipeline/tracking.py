@@ -6,19 +6,24 @@ python -m stages.pipeline.tracking ui      the same, then open the MLflow UI (`m
 
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
 import os
+import platform
+import queue
 import sqlite3
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from PIL import Image
 
 from stages import UserError
 from stages.pipeline import figures, params, paths, provenance, results
@@ -27,21 +32,100 @@ from stages.pipeline.provenance import Tree, content_hash, workspace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Run
+
+Known = dict[tuple[str, int], float]
+"""(name, step) -> value."""
 
 SQLITE = "sqlite:///"
 PATIENCE = 20  # seconds to wait for another process that writes
+CLOCKED = ("images_per_sec", "peak_memory_mib", "cuda_memory_mib")  # not the same when measured again
+BY_STEP = ("lr", "train_loss", "val_loss", *results.OVER_TRAINING, *CLOCKED)
 
 
 def publish(cell: Cell) -> None:
     """Mirror one cell whose files are whole. Trouble with the store is one line on stderr, never an error nor a long wait."""
 
     def work(client: "MlflowClient", experiment: str) -> str:
-        runs = client.search_runs([experiment], f"tags.`naqsh.cell` = '{cell}'")
-        _write(client, experiment, _read(Tree.read(), cell), list(runs))
+        tree = Tree.read()
+        _write(client, _read(tree, cell), _claim(client, experiment, tree, cell))
         return f"recorded {cell}"
 
     _with_store(work)
+
+
+def fail(cell: Cell, error: str) -> None:
+    """Mark the run of a cell as failed, with the error; where there is none yet, make it."""
+
+    def work(client: "MlflowClient", experiment: str) -> str:
+        run = _claim(client, experiment, Tree.read(), cell)
+        client.set_tag(run.info.run_id, "error", error[-5000:])
+        client.set_terminated(run.info.run_id, "FAILED")
+        return f"recorded that {cell} failed"
+
+    _with_store(work)
+
+
+class Live:
+    """Tells MLflow of a training from a thread of its own: it neither fails nor stalls it. What it could not say, sync says."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell, self._reports = cell, queue.Queue[_Report | str](maxsize=100)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> "Live":
+        self._thread.start()
+        return self
+
+    def report(self, metrics: dict[str, float], preview: Path, share: float, seconds_left: float) -> None:
+        """Put on record how things stand.
+
+        Args:
+            metrics: `step`, and the numbers of that step.
+            preview: a PNG that stays for as long as the run.
+            share: of the training that is done, in [0, 1].
+        """
+        progress = f"{share:.0%}, {datetime.timedelta(seconds=round(seconds_left))} left"
+        with contextlib.suppress(queue.Full):
+            self._reports.put_nowait(_Report(metrics, preview, progress))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the run; at most 5 s late."""
+        with contextlib.suppress(queue.Full):
+            self._reports.put_nowait("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+        self._thread.join(5)
+
+    def _work(self) -> None:
+        def work(client: "MlflowClient", experiment: str) -> str:
+            run = _claim(client, experiment, Tree.read(), self._cell)
+            client.update_run(run.info.run_id, "RUNNING")
+            opened.append((client, run))
+            return f"following {self._cell}"
+
+        opened: list[tuple[MlflowClient, Run]] = []
+        if not _with_store(work):
+            return
+        client, run = opened[0]
+        run_id = run.info.run_id
+        with contextlib.suppress(*_store_errors()), FileLock(_pulse(run_id)):
+            known = _known_steps(client, run_id)
+            while isinstance(report := self._reports.get(), _Report):
+                _log_steps(client, run, [report.metrics], known)
+                _log_previews(client, run_id, [report.preview])
+                client.set_tag(run_id, "progress", report.progress)
+            client.set_tag(run_id, "progress", "trained" if report == "FINISHED" else "stopped")
+            client.set_terminated(run_id, report)
+
+
+class _Report(NamedTuple):
+    metrics: dict[str, float]
+    preview: Path
+    progress: str
+
+
+def live(cell: Cell) -> Live:
+    """A context that follows the training of a cell; see Live."""
+    return Live(cell)
 
 
 def sync() -> bool:
@@ -51,7 +135,9 @@ def sync() -> bool:
         tree, runs = Tree.read(), _runs_by_cell(client, experiment)
         cells = list(tree.params.sweep.cells())
         finished = [cell for cell in cells if tree.is_recorded(cell)]
-        written = [_write(client, experiment, _read(tree, cell), runs.get(str(cell), [])) for cell in finished]
+        claimed = [(cell, _claim(client, experiment, tree, cell, runs.get(str(cell), []))) for cell in finished]
+        written = [_write(client, _read(tree, cell), run) for cell, run in claimed]
+        _end_the_dead(client, itertools.chain(*runs.values()))
         _write_origins(client, experiment)
         return f"{len(finished)} of {len(cells)} cells have results, {sum(written)} of them written now"
 
@@ -69,27 +155,28 @@ class _Record:
     """A cell as its files tell it: what its run is to hold."""
 
     cell: Cell
-    key: str
     raw_digest: str
-    params: dict[str, Any]
     numbers: dict[str, float]
-    curve: list[dict[str, float]]
+    by_step: list[dict[str, float]]
     files: list[tuple[Path, str]]  # with the folder among the run's artifacts
+    previews: list[Path]
 
     def fingerprint(self) -> str:
         """A hash of all of it."""
-        return content_hash([self.key, self.numbers, self.curve, [(provenance.md5(path), to) for path, to in self.files]])
+        files = [*self.files, *((path, "") for path in self.previews)]
+        return content_hash([self.raw_digest, self.numbers, self.by_step, [(provenance.md5(path), to) for path, to in files]])
 
 
 def _read(tree: Tree, cell: Cell) -> _Record:
     drawn, previews = paths.samples(str(cell)), paths.weights(str(cell)) / "previews"
     files = [(drawn / "grid.png", "samples"), (drawn / "denoising.gif", "samples")]
-    files += [(path, "previews") for path in sorted(previews.glob("*.png"))]
     files += [(path, "data") for path in sorted(paths.data_figures(cell.dataset).glob("*.png"))]
     files += [(paths.prepared(cell.dataset) / "dataset.json", "data")]
-    raw, flat, curve = tree.raw_digest(cell.dataset), tree.chain_params(cell), results.loss_curve(cell)
     numbers = {name: value for name, value in results.row(cell).items() if name not in results.IDENTITY}
-    return _Record(cell, tree.key(cell), raw, flat, numbers, curve, files)
+    batch = tree.params.train.batch
+    scored = [{"step": row["images"] // batch, **row} for row in results.over_training(cell)]
+    by_step = [*results.loss_curve(cell), *scored, *results.clocked_by_step(cell)]
+    return _Record(cell, tree.raw_digest(cell.dataset), numbers, by_step, files, sorted(previews.glob("*.png")))
 
 
 def _with_store(work: Callable[["MlflowClient", str], str]) -> bool:
@@ -143,26 +230,55 @@ def _runs_by_cell(client: "MlflowClient", experiment: str) -> dict[str, list["Ru
     return runs
 
 
-def _write(client: "MlflowClient", experiment: str, record: _Record, runs: list["Run"]) -> bool:
-    """Make the run of the record's key hold the record and be the current one of its cell; False where it was so already."""
-    from mlflow.entities import Param, RunTag
-
+def _claim(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell, runs: list["Run"] | None = None) -> "Run":
+    """The run of what the tree makes of a cell, made where it is missing; all others of the cell are no longer current."""
+    if runs is None:
+        runs = list(client.search_runs([experiment], f"tags.`naqsh.cell` = '{cell}'"))
+    key = tree.key(cell)
     for other in runs:
-        if other.data.tags["naqsh.key"] != record.key and other.data.tags.get("current") != "false":
+        if other.data.tags["naqsh.key"] != key and other.data.tags.get("current") != "false":
             client.set_tag(other.info.run_id, "current", "false")
+    return next((run for run in runs if run.data.tags["naqsh.key"] == key), None) or _create(client, experiment, tree, cell)
+
+
+def _write(client: "MlflowClient", record: _Record, run: "Run") -> bool:
+    """Make a run hold the record, and be finished; False where it was so already."""
+    from mlflow.entities import RunTag
+
     scores = provenance.md5(paths.scores("evaluate", str(record.cell)))
-    tags = {"current": "true", "naqsh.scores": scores, "naqsh.fingerprint": record.fingerprint()}
-    run = next((run for run in runs if run.data.tags["naqsh.key"] == record.key), None)
-    if run and run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
+    tags = {"current": "true", "progress": "complete", "naqsh.scores": scores, "naqsh.fingerprint": record.fingerprint()}
+    if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
         return False
-    run = run or _create(client, experiment, record)
     run_id = run.info.run_id
     if run.data.tags.get("naqsh.fingerprint") != tags["naqsh.fingerprint"]:
-        client.log_batch(run_id, _metrics(record, run), [Param(name, str(value)) for name, value in record.params.items()])
+        _log_numbers(client, run, record.numbers)
+        _log_steps(client, run, record.by_step, _known_steps(client, run_id))
+        _log_previews(client, run_id, record.previews)
         _write_files(client, run_id, record)
+    if "error" in run.data.tags:
+        client.delete_tag(run_id, "error")
     client.set_terminated(run_id, "FINISHED", run.info.end_time or _now())
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])  # last: now it is whole
     return True
+
+
+def _end_the_dead(client: "MlflowClient", runs: Iterable["Run"]) -> None:
+    """Say KILLED of runs of this workspace that still count as running although their process is gone."""
+    for run in runs:
+        if run.info.status == "RUNNING" and run.data.tags.get("naqsh.workspace") == _here():
+            with contextlib.suppress(Timeout), FileLock(_pulse(run.info.run_id), timeout=0):
+                client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _pulse(run_id: str) -> Path:
+    """The lock file that the process behind a running run holds for as long as it lives."""
+    folder = workspace() / ".state" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{run_id}.lock"
+
+
+def _here() -> str:
+    return f"{platform.node()}:{workspace()}"
 
 
 def _write_origins(client: "MlflowClient", experiment: str) -> None:
@@ -176,32 +292,57 @@ def _write_origins(client: "MlflowClient", experiment: str) -> None:
             client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _create(client: "MlflowClient", experiment: str, record: _Record) -> "Run":
-    """A run that knows what it is of, and the code that made it; as long as its stages took."""
-    cell, commit, patch = record.cell, provenance.git("rev-parse", "HEAD").strip(), provenance.uncommitted()
-    tags = {"naqsh.key": record.key, "naqsh.cell": str(cell), "dirty": str(bool(patch)).lower()}
-    tags |= {"dataset": cell.dataset, "schedule": cell.schedule, "T": str(cell.T), "seed": str(cell.seed)}
+def _create(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell) -> "Run":
+    """A run that knows what it is of, and the code and the parameters that make it."""
+    from mlflow.entities import Param
+
+    commit, patch = provenance.git("rev-parse", "HEAD").strip(), provenance.uncommitted()
+    tags = {"naqsh.key": tree.key(cell), "naqsh.cell": str(cell), "naqsh.workspace": _here(), "dirty": str(bool(patch)).lower()}
+    tags |= {"dataset": cell.dataset, "schedule": cell.schedule, "T": str(cell.T), "seed": str(cell.seed), "current": "true"}
     tags |= {"commit": commit, "mlflow.source.git.commit": commit} if commit else {}
     if experiment_name := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = experiment_name
-    seconds = sum(record.numbers.get(f"{stage}_seconds", 0) for stage in results.CLOCKED)
-    run = client.create_run(experiment, start_time=_now() - round(1000 * seconds), tags=tags, run_name=str(cell))
+    if shorter := tree.without_last_phase():
+        tags["continues"] = shorter.key(cell)
+    run = client.create_run(experiment, start_time=_now(), tags=tags, run_name=str(cell))
+    client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in tree.chain_params(cell).items()])
     if patch:
         client.log_text(run.info.run_id, patch, "diff.patch")
     return run
 
 
-def _metrics(record: _Record, run: "Run") -> list["Metric"]:
-    """The numbers that the run does not hold yet, and the curve; the times of its points never change, so none is kept twice."""
+def _log_numbers(client: "MlflowClient", run: "Run", numbers: dict[str, float]) -> None:
     from mlflow.entities import Metric
 
     held, now = run.data.metrics, _now()
-    metrics = [Metric(name, value, now, 0) for name, value in record.numbers.items() if held.get(name) != value]
-    for row in record.curve:
-        step = int(row["step"])
-        values = {name: value for name, value in row.items() if name not in ("step", "images")}
-        metrics += [Metric(name, value, run.info.start_time + step, step) for name, value in values.items()]
-    return metrics
+    client.log_batch(run.info.run_id, [Metric(name, value, now, 0) for name, value in numbers.items() if held.get(name) != value])
+
+
+def _known_steps(client: "MlflowClient", run_id: str) -> Known:
+    """What a run holds of the numbers that are logged by step."""
+    held = client.get_run(run_id).data.metrics
+    return {
+        (name, point.step): point.value for name in BY_STEP if name in held for point in client.get_metric_history(run_id, name)
+    }
+
+
+def _log_steps(client: "MlflowClient", run: "Run", rows: list[dict[str, float]], known: Known) -> None:
+    """Log what a run does not hold yet of rows, each a `step` and numbers; the time of a point depends on its step alone."""
+    from mlflow.entities import Metric
+
+    points = [(name, int(row["step"]), value) for row in rows for name, value in row.items() if name in BY_STEP]
+    new = [p for p in points if p[:2] not in known or (p[0] not in CLOCKED and known[p[:2]] != p[2])]
+    start = run.info.start_time
+    client.log_batch(run.info.run_id, [Metric(name, value, start + step, step) for name, step, value in new])
+
+
+def _log_previews(client: "MlflowClient", run_id: str, previews: list[Path]) -> None:
+    """Log the preview grids that a run does not hold yet, by step, for the slider of the UI."""
+    held = {file.path.split("+")[2] for file in client.list_artifacts(run_id, "images") if file.path.endswith(".webp")}
+    for path in previews:
+        if str(int(path.stem)) not in held:
+            with Image.open(path) as picture:
+                client.log_image(run_id, picture.convert("L"), key="preview", step=int(path.stem), synchronous=True)
 
 
 def _write_files(client: "MlflowClient", run_id: str, record: _Record) -> None:
@@ -210,8 +351,8 @@ def _write_files(client: "MlflowClient", run_id: str, record: _Record) -> None:
     for path, folder in record.files:
         client.log_artifact(run_id, str(path), folder)
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "loss.png"
-        figures.save_lines(picture, {str(record.cell): results.loss_lines(record.curve)}, x="images", y="loss", log_y=True)
+        picture, lines = Path(folder) / "loss.png", results.loss_lines(results.loss_curve(record.cell))
+        figures.save_lines(picture, {str(record.cell): lines}, x="images", y="loss", log_y=True)
         client.log_artifact(run_id, str(picture))
     raw = Dataset(record.cell.dataset, record.raw_digest, "local", json.dumps({"uri": str(paths.raw(record.cell.dataset))}))
     client.log_inputs(run_id, [DatasetInput(raw, [InputTag("mlflow.data.context", "training")])])

@@ -1,12 +1,15 @@
 """Run keys, and what MLflow holds after publishing, publishing again, changing, losing and breaking things; files are made up."""
 
+import contextlib
 import json
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -48,6 +51,7 @@ def make_files(cell: Cell, fid: float = 20.0) -> None:
     score = {"value": fid, "error": 0.5, "floor": 11.8}
     grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
     scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
+    scores["over_training"] = [{"trained_images": 64, "fid": score}]
     write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
     write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
     write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
@@ -98,7 +102,7 @@ def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[
         ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),
         ("params.yaml", lambda text: text.replace("train_images: 20000", "train_images: 20001")),
         ("params.yaml", lambda text: text.replace("schedules: [linear, cosine]", "schedules: [cosine]")),
-        ("params.yaml", lambda text: text.replace("# length of training, counted in images", "")),
+        ("params.yaml", lambda text: text.replace("# lengths are counted", "# they are counted")),
     ],
 )
 @pytest.mark.usefixtures("tree")
@@ -168,6 +172,87 @@ def test_a_half_written_run_is_healed(tree: Path) -> None:
     (healed,) = runs(tree)
     assert (healed.info.status, "naqsh.fingerprint" in healed.data.tags) == ("FINISHED", True)
     assert (Path(run.info.artifact_uri) / "samples/grid.png").exists()
+
+
+def history(tree: Path, run: Run, name: str) -> list[tuple[int, float]]:
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+
+
+def previews(tree: Path, run: Run) -> list[int]:
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    return sorted(int(file.path.split("+")[2]) for file in client.list_artifacts(run.info.run_id, "images") if "webp" in file.path)
+
+
+def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) -> None:
+    pictures = {step: paths.weights(str(CELL)) / "previews" / f"{step:08d}.png" for step in (1, 2)}
+    for path in pictures.values():
+        figures.save_png(path, np.zeros((4, 4), np.uint8))
+    rows = {1: {"step": 1, "train_loss": 0.9, "images_per_sec": 50.0}, 2: {"step": 2, "train_loss": 0.8, "images_per_sec": 51.0}}
+    with contextlib.suppress(KeyboardInterrupt), tracking.live(CELL) as live:
+        live.report(rows[1], pictures[1], 0.5, 61.4)
+        live.report(rows[2], pictures[2], 1.0, 0.0)
+        raise KeyboardInterrupt
+    (run,) = runs(tree)
+    assert (run.info.status, run.data.tags["progress"]) == ("KILLED", "stopped")
+    with tracking.live(CELL) as live:  # goes on from the first step, the second is measured again
+        live.report(rows[2] | {"images_per_sec": 40.0}, pictures[2], 1.0, 0.0)
+    (run,) = runs(tree)
+    assert (run.info.status, run.data.tags["progress"]) == ("FINISHED", "trained")
+    write(paths.timing("train", str(CELL)), json.dumps({"seconds": 9.0, "by_step": [rows[1], rows[2] | {"images_per_sec": 40.0}]}))
+    tracking.publish(CELL)
+    (run,) = runs(tree)
+    assert run.data.tags["progress"] == "complete"
+    assert history(tree, run, "train_loss") == [(1, 0.9), (2, 0.8)]
+    assert [step for step, _ in history(tree, run, "images_per_sec")] == [1, 2]
+    assert history(tree, run, "snapshot_fid") == [(2, 20.0)]
+    assert previews(tree, run) == [1, 2]
+    assert run.data.params["train.lr"] == "0.003"
+
+
+def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
+    picture = paths.weights(str(CELL)) / "previews" / "00000001.png"
+    figures.save_png(picture, np.zeros((4, 4), np.uint8))
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    with tracking.live(CELL) as live:
+        live.report({"step": 1, "train_loss": 0.9}, picture, 0.25, 75.2)
+        for _ in range(600):
+            if runs(tree) and "progress" in (run := runs(tree)[0]).data.tags:
+                break
+            time.sleep(0.1)
+        assert run.data.tags["progress"] == "25%, 0:01:15 left"
+        assert client.get_run(run.info.run_id).info.status == "RUNNING"
+
+
+def test_a_failure_is_shown_with_its_error_until_the_cell_succeeds(tree: Path) -> None:
+    tracking.fail(CELL, "train: the loss became nan")
+    (run,) = runs(tree)
+    assert (run.info.status, run.data.tags["error"]) == ("FAILED", "train: the loss became nan")
+    tracking.publish(CELL)
+    (run,) = runs(tree)
+    assert run.info.status == "FINISHED"
+    assert "error" not in run.data.tags
+
+
+def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
+    tracking.fail(CELL, "x")
+    tracking.fail(OTHER, "x")
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    dead, alive = runs(tree)
+    for run in (dead, alive):
+        client.update_run(run.info.run_id, "RUNNING")
+    with FileLock(tracking._pulse(alive.info.run_id)):
+        assert tracking.sync()
+    assert [client.get_run(run.info.run_id).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
+
+
+def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> None:
+    tracking.publish(CELL)
+    edit("params.yaml", lambda text: text.replace("images: 50000 #", "images: [50000, 30000] #"))
+    tracking.publish(CELL)
+    shorter, longer = runs(tree)
+    assert "continues" not in shorter.data.tags
+    assert longer.data.tags["continues"] == shorter.data.tags["naqsh.key"]
 
 
 def test_sync_leaves_out_what_dvc_does_not_record(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
