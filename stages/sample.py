@@ -8,8 +8,10 @@ and an animation of the denoising. Image i is a function of (weights, seed, i) a
 """
 
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ from stages.pipeline.stage import progress, read_json, run
 How = tuple[str, list[int], dict[str, float]]
 """Name of a sampler, its timesteps, its options."""
 
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 COLUMNS = 10
 FRAMES, SHOWN = 40, 30  # of the animation
 
 
-@torch.inference_mode()
 def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     """Draw every set in chunks of one fixed size; a chunk that is asked for in part is drawn whole."""
     checkpoint.check_bf16(sample.precision)
@@ -47,7 +50,7 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     snapshots = []
     for name in ("ema-25", "ema-50", "ema-75"):
         chain = Chain(cell, sample, weights / f"{name}.safetensors", counts)
-        images, _, _ = chain.draw(sample.snapshot_images, *fast, label=f"{cell} {name}")
+        images, _, _ = chain.draw(sample.snapshot_images, fast, label=f"{cell} {name}")
         snapshots.append((chain, images))
 
     # The final average.
@@ -55,7 +58,7 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     for name, n, how in (("fast", sample.images, fast), ("ancestral", sample.ancestral_images, ancestral)):
         started = time.perf_counter()
-        images, frames, evaluations = chain.draw(n, *how, label=f"{cell} {name}")
+        images, frames, evaluations = chain.draw(n, how, label=f"{cell} {name}")
         seconds = time.perf_counter() - started
         measured |= {f"{name}_seconds": round(seconds, 2), f"{name}_images_per_sec": round(n / seconds, 2)}
         sampler, timesteps, options = how
@@ -87,33 +90,55 @@ class Chain:
         self.alpha_bar = torch.from_numpy(levels).to(self.device)
         shift = logsnr_shift(self.size, reference_size)
         self.guidance_interval = (sample.guidance_interval[0] + shift, sample.guidance_interval[1] + shift)
-        self.evaluated = 0  # images that the network has seen
 
-    def draw(
-        self, n: int, sampler: str, timesteps: list[int], options: dict[str, float], *, label: str
-    ) -> tuple[Tensor, list[figures.Pixels], int]:
-        """n images, (n, 1, H, W) uint8; frames of the first of them on the way; network evaluations for each image."""
-        chunk, self.evaluated = self.sample.chunk, 0
-        chunks, frames = [], []
-        shown_at = set(timesteps[:: max(1, len(timesteps) // FRAMES)]) | {timesteps[-1]}
-        starts = range(0, n, chunk)
-        with progress(total=len(starts) * len(timesteps) * chunk, unit="eval", label=label) as bar:
-            for first in starts:
-                for t, x, _ in self._steps(first, sampler, timesteps, options):
-                    if first == 0 and t in shown_at:
-                        frames.append(to_uint8(x[: min(SHOWN, n)]).cpu().numpy())
-                    bar.update(chunk)
-                chunks.append(to_uint8(x).cpu())
-        return torch.cat(chunks)[:n], frames, self.evaluated // (len(starts) * chunk)
+    def draw(self, n: int, how: How, *, label: str) -> tuple[Tensor, list[figures.Pixels], int]:
+        """n images, (n, 1, H, W) uint8; frames of the first of them on the way; network evaluations for each image.
+
+        On a CPU every core draws chunks of its own, on one thread: faster than all at one chunk, and the same bits on any
+        number of cores.
+        """
+        chunk, steps = self.sample.chunk, len(how[1])
+        starts, frames, stop = range(0, n, chunk), [], threading.Event()
+        shown_at = set(how[1][:: max(1, steps // FRAMES)]) | {how[1][-1]}
+        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        with (
+            progress(total=len(starts) * steps * chunk, unit="eval", label=label) as bar,
+            ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+
+            def one(first: int) -> tuple[Tensor, int]:
+                evaluated = 0
+
+                def network(x: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
+                    nonlocal evaluated
+                    evaluated += len(x)
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sample.precision == "bf16"):
+                        return self.net(x, logsnr, y)
+
+                with torch.inference_mode():  # for this thread
+                    for t, x, _ in self._steps(network, first, *how):
+                        if first == 0 and t in shown_at:
+                            frames.append(to_uint8(x[: min(SHOWN, n)]).cpu().numpy())
+                        with bar.get_lock():
+                            bar.update(chunk)
+                        if stop.is_set():
+                            break
+                    return to_uint8(x).cpu(), evaluated
+
+            try:
+                chunks, evaluated = zip(*pool.map(one, starts), strict=True)
+            finally:
+                stop.set()  # when this thread is interrupted, no other goes on
+        return torch.cat(chunks)[:n], frames, evaluated[0] // chunk
 
     def asked(self, labels: Tensor) -> Tensor:
         """The labels that were asked for: -1 where the network knows none."""
         return labels if self.about["network"]["conditional"] else torch.full_like(labels, -1)
 
-    def _steps(self, first: int, sampler: str, timesteps: list[int], options: dict[str, float]) -> Steps:
+    def _steps(self, network: Network, first: int, sampler: str, timesteps: list[int], options: dict[str, float]) -> Steps:
         index = torch.arange(first, first + self.sample.chunk, device=self.device)
         denoise = clipped_denoiser(
-            self._network,
+            network,
             self.about["diffusion"]["prediction"],
             class_sequence(index, self.counts),
             unlabelled=self.about["num_classes"],
@@ -125,11 +150,6 @@ class Chain:
             return noise.gaussian(self.cell.seed, index, t, (1, self.size, self.size))
 
         return SAMPLERS[sampler](denoise, noise_at(self.cell.T), self.alpha_bar, timesteps, noise_at, **options)
-
-    def _network(self, x: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
-        self.evaluated += len(x)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sample.precision == "bf16"):
-            return self.net(x, logsnr, y)
 
 
 def class_sequence(index: Tensor, counts: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import sample
+from stages import UserError, sample
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 
@@ -92,3 +92,32 @@ def test_an_unconditional_network_asks_for_no_label(options):
     save_network(conditional=False)
     sample.main(CELL, options.model_copy(update={"guidance": 0.0}))
     assert drawn("fast")[0]["labels"].unique().tolist() == [-1]
+
+
+def test_the_number_of_cores_does_not_change_a_bit(options):
+    threads, sets = torch.get_num_threads(), []
+    try:
+        for cores in (1, 3):
+            torch.set_num_threads(cores)
+            sample.main(CELL, options)
+            sets.append([path.read_bytes() for path in sorted(paths.samples(str(CELL)).iterdir())])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(sets[0]) == 5
+    assert sets[0] == sets[1]
+
+
+def test_a_failure_in_one_chunk_ends_all(options, monkeypatch):
+    draws = []
+
+    def failing(*args, **more):
+        draws.append(0)
+        if len(draws) == 2:
+            raise UserError("no")
+        yield from ddim(*args, **more)
+
+    ddim = sample.SAMPLERS["ddim"]
+    monkeypatch.setitem(sample.SAMPLERS, "ddim", failing)
+    with pytest.raises(UserError, match="no"):
+        sample.main(CELL, options)
+    assert not paths.samples(str(CELL)).exists()
