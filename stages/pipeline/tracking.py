@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import queue
+import re
 import sqlite3
 import sys
 import tempfile
@@ -315,7 +316,20 @@ def _log_numbers(client: "MlflowClient", run: "Run", numbers: dict[str, float]) 
     from mlflow.entities import Metric
 
     held, now = run.data.metrics, _now()
-    client.log_batch(run.info.run_id, [Metric(name, value, now, 0) for name, value in numbers.items() if held.get(name) != value])
+    named = {_in_section(name): value for name, value in numbers.items()}
+    client.log_batch(run.info.run_id, [Metric(name, value, now, 0) for name, value in named.items() if held.get(name) != value])
+
+
+def _in_section(name: str) -> str:
+    """The name with the section that the UI shows it in; headline scores stand in none, before them all."""
+    sections = {
+        "set in T steps": r"ancestral_(?!seconds)",
+        "over log-SNR": r".*_at_",
+        "time and memory": r"(train|sample|evaluate)_|.*seconds_per_image",
+        "standard errors": r".*_error$",
+        "real images": r".*_floor$",
+    }
+    return next((f"{section}/{name}" for section, pattern in sections.items() if re.match(pattern, name)), name)
 
 
 def _known_steps(client: "MlflowClient", run_id: str) -> Known:

@@ -134,14 +134,14 @@ def test_same_key_same_run_and_no_point_twice(tree: Path) -> None:
     (second,) = runs(tree)
     assert second.info.run_id == first.info.run_id
     assert (first.data.metrics["fid"], second.data.metrics["fid"]) == (20.0, 21.0)
-    assert second.data.metrics["evaluate_seconds"] == 7.0
+    assert second.data.metrics["time and memory/evaluate_seconds"] == 7.0
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
     points = {
         name: [(p.step, p.value) for p in client.get_metric_history(second.info.run_id, name)]
         for name in ("train_loss", "val_loss")
     }
     assert points == {"train_loss": [(1, 0.9), (2, 0.8)], "val_loss": [(2, 0.85)]}
-    assert len(client.get_metric_history(second.info.run_id, "fid_floor")) == 1
+    assert len(client.get_metric_history(second.info.run_id, "real images/fid_floor")) == 1
     assert len(second.inputs.dataset_inputs) == 1
 
 
