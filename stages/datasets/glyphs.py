@@ -32,14 +32,13 @@ FONT_PACKAGES = {  # distribution -> the files of it that are wanted; licences t
     "fontpkg-amiri": r".*-Regular\.ttf",
     "fontpkg-cairo": r".*\.ttf",
     "fontpkg-ibm-plex-sans-arabic": r".*-Regular\.ttf",
-    "fontpkg-noto-kufi-arabic": r".*\.ttf",
     "fontpkg-noto-sans-arabic": r".*\.ttf",
     "matplotlib": r"DejaVuSans\.ttf",
 }
 FONT_VARIANTS = {"۴": "٤", "۵": "٥", "۶": "٦", "ک": "ك", "ه": "ھ", "ی": "ي"}  # also written so, where a font has it
 
-# What a pen does, on a page 100 wide and high, y downwards: forms by what they are a form of; in a form, strokes separated by
-# a semicolon; in a stroke, the points that a smooth curve runs through.
+# What a pen does, on a page 100 wide and high, y downwards: the forms in which each digit and letter is written; in a form,
+# strokes apart by a semicolon; in a stroke, the points that a smooth curve runs through.
 STROKES = {
     "۰": [
         "50,39 60,44 61,54 52,61 41,57 39,46 50,39",
@@ -155,7 +154,7 @@ STROKES = {
         "76,26 54,32 62,46 70,58 48,66 22,74 40,84 86,84",
     ],
 }
-DOTTED = {  # a letter with dots: the letter whose strokes it has (its own included), how many dots, where
+DOTTED = {  # a letter: the letter whose strokes it has, how many dots on them, where; of ي only the number is used
     "ب": ("ب", 1, 50, 84),
     "پ": ("ب", 3, 50, 82),
     "ت": ("ب", 2, 50, 34),
@@ -183,9 +182,8 @@ FIELD = 128  # pixels per side of a distance field
 FILL = 0.8  # share of the field's side between the highest and the lowest ink of a face
 LARGEST = 1.8  # times that scale for a glyph that leaves room
 KNOTS = (4, 10)  # per side, of the random grids that coarse and fine variation is interpolated from
-WRITTEN = 0.6  # share of images drawn from STROKES rather than a font
+WRITTEN = 0.7  # share of images drawn from STROKES rather than a font
 BATCH = 256  # images warped at once
-
 
 Mask = NDArray[np.bool_]  # (FIELD, FIELD), ink is True
 Points = NDArray[np.float64]  # (points, 2): x, y in pixels of the field
@@ -254,7 +252,7 @@ def _load_fields(archive: Path) -> tuple[Tensor, Forms]:
 
 
 def _written_fields(character: str, rng: np.random.Generator) -> list[Field]:
-    """COPIES of each form in STROKES, every point moved a little in each; strokes that meet still meet."""
+    """COPIES of each form in STROKES, every point moved a little in each: strokes that share a point still do."""
     letter, count, x, y = DOTTED.get(character, (character, 0, 0, 0))
     centres = np.array([(x + right, y + (down if y < 50 else -down)) for right, down in DOT_PLACES[count]]).reshape(-1, 2)
     fields = []
@@ -300,8 +298,8 @@ def _font_fields(font: ImageFont.FreeTypeFont, variants: dict[str, str], rng: np
     drawn = {character: character for character in CLASS_NAMES} | variants
     bodies, centres = zip(*map(_part, _masks(font, list(drawn)), drawn), strict=True)
     fields = []
-    for (variant, character), path, dots in zip(drawn.items(), _thin(np.stack(bodies)), centres, strict=True):
-        copies = COPIES if variant in CLASS_NAMES else COPIES // 3  # variants are rarer
+    for character, path, dots in zip(drawn.values(), _thin(np.stack(bodies)), centres, strict=True):
+        copies = COPIES if character in DOTTED else 1
         fields.append((character, [_field(path, dots, rng) for _ in range(copies)]))
     return fields
 
