@@ -135,7 +135,7 @@ def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
     columns |= {"sure": "confident", "eps-MSE": "eps_mse", "training s": "train_seconds"}
     columns |= {"s/image, fast": "fast_seconds_per_image", "s/image, all T": "ancestral_seconds_per_image"}
     lines = ["# Comparison of the sweep", "", _EXPLANATION]
-    lines += [f"`{name}` is synthetic: its images are drawn from fonts, they are not handwriting.\n" for name in synthetic]
+    lines += [f"`{name}` is synthetic: its images are drawn by a program, nobody wrote them.\n" for name in synthetic]
     lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
     lines += [_markdown_row([_cell_text(row.get(key)) for key in columns.values()]) for row in rows.values()]
     lines += ["", *(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, title in _FIGURES.items())]

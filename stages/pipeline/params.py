@@ -89,7 +89,7 @@ class MnistData(Section):
 
 
 class GlyphsData(Section):
-    """Persian digits and letters drawn from fonts."""
+    """Persian digits and letters drawn as hands write them."""
 
     reader: Literal["glyphs"]
     size: Annotated[int, Field(ge=16, le=256)]
