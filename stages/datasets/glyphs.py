@@ -198,16 +198,16 @@ DOTTED = {  # a letter: the letter whose strokes it has, how many dots on them, 
     "ج": ("ج", 1, 56, 62),
     "چ": ("ج", 3, 56, 64),
     "ح": ("ج", 0, 0, 0),
-    "خ": ("ج", 1, 50, 10),
+    "خ": ("ج", 1, 50, 12),
     "ذ": ("د", 1, 42, 10),
     "ز": ("ر", 1, 58, 18),
     "ژ": ("ر", 3, 58, 20),
     "ش": ("س", 3, 68, 18),
     "ض": ("ص", 1, 72, 18),
     "ظ": ("ط", 1, 68, 22),
-    "غ": ("ع", 1, 54, 10),
+    "غ": ("ع", 1, 54, 12),
     "ف": ("ف", 1, 74, 14),
-    "ق": ("ق", 2, 62, 13),
+    "ق": ("ق", 2, 62, 15),
     "ن": ("ن", 1, 50, 40),
     "ي": ("ی", 2, 46, 92),
 }
@@ -448,14 +448,14 @@ def _draw(rng: np.random.Generator, forms: tuple[list[int], list[int]], size: in
     written, printed = forms
     form = rng.choice(written if rng.random() < WRITTEN else printed)
     turn, slant = math.radians(np.clip(rng.normal(0, 5), -12, 12)), np.clip(rng.normal(0, 0.15), -0.35, 0.35)
-    across, down = rng.uniform(1.0, 1.2) * np.exp(rng.normal(0, 0.06, 2))
+    across, down = rng.uniform(1.06, 1.22) * np.exp(rng.normal(0, 0.06, 2))
     # Where each pixel of the image comes from, in [-1, 1] of the field: zoomed, slanted, turned, moved.
     linear = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]] @ np.array([[1, slant], [0, 1]])
-    affine = np.column_stack([linear * [across, down], rng.uniform(-0.04, 0.04, 2)])
+    affine = np.column_stack([linear * [across, down], rng.uniform(-0.03, 0.03, 2)])
     # How far each knot is moved across and down; how hard the pen presses there and how light the paper is; how the ink flows.
     coarse = rng.normal(0, 1, (4, KNOTS[0], KNOTS[0])) * np.array([0.05, 0.05, 0.2, 3])[:, None, None]
     fine = rng.normal(0, 1, (3, KNOTS[1], KNOTS[1])) * np.array([0.008, 0.008, 1])[:, None, None]
-    ruled, edged = rng.random(2) < [0.08, 0.05]
+    ruled, edged = rng.multinomial(1, [0.08, 0.05, 0.87])[:2]
     side = rng.integers(4) if edged else 1
     tones = np.array(
         [
