@@ -447,30 +447,30 @@ def _draw(rng: np.random.Generator, forms: tuple[list[int], list[int]], size: in
     """Everything random about one image: its field, affine map (2, 3), coarse and fine knots, tones, and the grain of its paper."""
     written, printed = forms
     form = rng.choice(written if rng.random() < WRITTEN else printed)
-    turn, slant = math.radians(np.clip(rng.normal(0, 5), -12, 12)), np.clip(rng.normal(0, 0.15), -0.35, 0.35)
+    turn, slant = math.radians(np.clip(rng.normal(0, 3.5), -9, 9)), np.clip(rng.normal(0, 0.1), -0.25, 0.25)
     across, down = rng.uniform(1.06, 1.22) * np.exp(rng.normal(0, 0.06, 2))
     # Where each pixel of the image comes from, in [-1, 1] of the field: zoomed, slanted, turned, moved.
     linear = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]] @ np.array([[1, slant], [0, 1]])
     affine = np.column_stack([linear * [across, down], rng.uniform(-0.03, 0.03, 2)])
     # How far each knot is moved across and down; how hard the pen presses there and how light the paper is; how the ink flows.
-    coarse = rng.normal(0, 1, (4, KNOTS[0], KNOTS[0])) * np.array([0.05, 0.05, 0.2, 3])[:, None, None]
+    coarse = rng.normal(0, 1, (4, KNOTS[0], KNOTS[0])) * np.array([0.03, 0.03, 0.15, 3])[:, None, None]
     fine = rng.normal(0, 1, (3, KNOTS[1], KNOTS[1])) * np.array([0.008, 0.008, 1])[:, None, None]
     ruled, edged = rng.multinomial(1, [0.08, 0.05, 0.87])[:2]
     side = rng.integers(4) if edged else 1
     tones = np.array(
         [
-            FIELD / 64 * np.clip(rng.lognormal(math.log(1.7), 0.3), 1.1, 3.0),  # half the width of the pen, in pixels of the field
+            FIELD / 64 * np.clip(rng.lognormal(math.log(2.0), 0.22), 1.4, 3.0),  # half the width of the pen, in pixels of the field
             rng.uniform(0.6, 1.0),  # sharpness of its edge
             rng.uniform(15, 80),  # ink
             rng.uniform(200, 240),  # paper
-            rng.choice([0.08, 0.2, 0.4], p=[0.6, 0.3, 0.1]),  # how much the ink fails
+            rng.choice([0.05, 0.15, 0.3], p=[0.6, 0.3, 0.1]),  # how much the ink fails
             side * math.pi / 2 + rng.normal(0, 0.03),  # direction across the rule or edge
             rng.uniform(0.8, 0.98) if edged else rng.uniform(0.3, 0.9),  # how far off the middle it is
             ruled * rng.uniform(20, 60),  # how dark a rule
             edged * rng.uniform(-20, 50),  # and the ground beyond an edge
         ]
     )
-    grain = rng.uniform(2, 5) * rng.standard_normal((size, size), np.float32)
+    grain = rng.uniform(1.5, 3) * rng.standard_normal((size, size), np.float32)
     return np.int64(form), *(part.astype(np.float32) for part in (affine, coarse, fine, tones, grain))
 
 
