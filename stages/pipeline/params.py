@@ -189,9 +189,10 @@ class Sample(Section):
     ancestral: AncestralSampler
 
     @model_validator(mode="after")
-    def _snapshots_fit(self) -> "Sample":
-        if self.snapshot_images > self.images:
-            raise ValueError(f"snapshot_images = {self.snapshot_images} must be at most images = {self.images}")
+    def _fast_set_is_the_largest(self) -> "Sample":
+        for name in ("snapshot_images", "ancestral_images"):
+            if getattr(self, name) > self.images:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at most images = {self.images}")
         return self
 
     @model_validator(mode="after")

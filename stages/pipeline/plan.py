@@ -112,7 +112,7 @@ def prune(really: bool) -> None:
 def leftovers(loaded: params.Params) -> list[Path]:
     """Files and folders under metrics, models and samples that belong to no cell of the sweep and to no dataset in it.
 
-    Also the state of trainings in .state: those that a kill broke off, and finished ones that longer ones could go on from.
+    Also the state of trainings that a kill broke off and nobody went on with.
     """
     cells = {str(cell) for cell in loaded.sweep.cells()}
     datasets = set(loaded.sweep.datasets)
@@ -122,7 +122,8 @@ def leftovers(loaded: params.Params) -> list[Path]:
     folders |= {paths.timing(stage, "x").parent: datasets for stage in PER_DATASET}
     folders |= {paths.scores(stage, "x").parent: datasets for stage in ("extractor", "reference")}
     folders |= {make("x").parent: datasets for make in (paths.extractor, paths.reference)}
-    abandoned = [path for path in sorted(Path(".state").glob("[cf]*/*")) if not _is_held(Path(".state/locks", f"{path.name}.lock"))]
+    unfinished = sorted(Path(".state/checkpoints").glob("*"))
+    abandoned = [path for path in unfinished if not _is_held(Path(".state/locks", f"{path.name}.lock"))]
     return abandoned + [
         path for folder, names in folders.items() for path in sorted(folder.glob("[!.]*")) if _name(path) not in names
     ]

@@ -56,6 +56,7 @@ def test_the_projects_own_parameters_are_valid(tmp_path: Path) -> None:
         ("train.images", [], ["train.images: []", "a number, or a list of two phases"]),
         ("train.images", [4000, 100], ["train", "images = 100", "4 batches of 32"]),
         ("sample.snapshot_images", 2001, ["sample: snapshot_images = 2001", "at most images = 2000"]),
+        ("sample.ancestral_images", 2001, ["sample: ancestral_images = 2001", "at most images = 2000"]),
         ("train.deterministic", 1, ["train.deterministic = 1", "boolean"]),
         ("train.lr", 0, ["train.lr = 0", "greater than 0"]),
         ("train.lr", float("nan"), ["train.lr = nan", "finite"]),

@@ -1,0 +1,57 @@
+"""What `make repro` and `make prune` say before they do anything."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from stages import UserError
+from stages.pipeline import params, paths, plan
+
+ROOT = Path(__file__).parents[2]
+CELL = "mnist-cosine-200-0"
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the project's graph and parameters."""
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+@pytest.mark.usefixtures("tree")
+def test_leftovers_are_what_the_sweep_does_not_name_and_trainings_nobody_works_on() -> None:
+    kept = [paths.weights(CELL) / "ema.safetensors", paths.loss_curve(CELL), paths.scores("reference", "mnist")]
+    stale = [paths.loss_curve("mnist-cosine-7-0"), paths.scores("reference", "emnist"), paths.timing("train", "mnist-cosine-7-0")]
+    touch(*kept, *stale, paths.samples("mnist-cosine-7-0") / "grid.png")
+    for name in ("held", "abandoned"):
+        touch(Path(".state/checkpoints", name, "state.safetensors"), Path(".state/finished", name, "state.safetensors"))
+    Path(".state/locks").mkdir()
+    with FileLock(".state/locks/held.lock"):
+        found = plan.leftovers(params.load())
+    assert set(found) == {*stale, paths.samples("mnist-cosine-7-0"), Path(".state/checkpoints/abandoned")}
+
+
+@pytest.mark.usefixtures("tree")
+def test_a_changed_stage_is_followed_by_what_reads_its_outputs() -> None:
+    cell = f"sample@{CELL}"
+    assert plan.with_followers({cell}) == [cell, f"evaluate@{CELL}", "compare"]
+    assert plan.with_followers(set()) == []
+    assert len(plan.with_followers({"prepare@mnist"})) == 3 + 4 * 3 + 1
+
+
+@pytest.mark.usefixtures("tree")
+def test_a_second_repro_is_told_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "ERROR: '/x/m.json' is busy, it is being blocked by:\n  (PID 4711): dvc repro\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    with pytest.raises(UserError, match=r"another `dvc repro` \(process 4711\) works in this folder"):
+        plan.plan()
