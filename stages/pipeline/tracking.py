@@ -72,10 +72,12 @@ class Live:
 
     def __init__(self, cell: Cell) -> None:
         self._cell, self._reports = cell, queue.Queue[_Report | str](maxsize=100)
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._ready, self._thread = threading.Event(), threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> "Live":
+        """Open the store, for at most 5 s: beside a training on all cores it would take both of them several times longer."""
         self._thread.start()
+        self._ready.wait(5)
         return self
 
     def report(self, metrics: dict[str, float], preview: Path, share: float, seconds_left: float) -> None:
@@ -104,7 +106,9 @@ class Live:
             return f"following {self._cell}"
 
         opened: list[tuple[MlflowClient, Run]] = []
-        if not _with_store(work):
+        followed = _with_store(work)
+        self._ready.set()
+        if not followed:
             return
         client, run = opened[0]
         run_id = run.info.run_id
