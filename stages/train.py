@@ -82,7 +82,7 @@ def main(
 
     # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
     names = _fingerprints(cell, diffusion, network, train)
-    with checkpoint.unfinished(names[-1]) as work, tracking.live(cell) as live:
+    with checkpoint.unfinished(names[-1]) as work, tracking.Live(cell) as live:
         losses, so_far = _restore(work, names, modules, optimizers)
         if so_far["step"]:
             print(f"{cell}: going on from step {so_far['step']} of {last.end}", flush=True)

@@ -20,9 +20,8 @@ CELL = params.Cell("toy", "cosine", 8, 3)
 def sections(tmp_path, monkeypatch):
     """A toy dataset in an empty folder, and sections small enough to train on it in a second."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        train.tracking, "live", lambda cell: Mock(spec=tracking.Live, __enter__=Mock(), __exit__=Mock(return_value=None))
-    )
+    live = Mock(spec=tracking.Live, __enter__=Mock(), __exit__=Mock(return_value=None))
+    monkeypatch.setattr(train.tracking, "Live", lambda cell: live)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (48, 1, 8, 8), generator=rng, dtype=torch.uint8)
     checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", {"images": images, "labels": torch.arange(48) % 2})

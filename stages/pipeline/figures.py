@@ -81,6 +81,7 @@ def save_lines(
         log_y: a logarithmic y axis.
     """
     from matplotlib.figure import Figure  # here, for it takes a second that most stages need not wait
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(0.6 + 4.6 * len(panels), 3.6), dpi=110, layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -96,6 +97,11 @@ def save_lines(
             axes.set_xlim(min(log_x) / 1.3, max(log_x) * 1.3)
         if log_y:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            digits = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 500 * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=digits))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         axes.set(title=title, xlabel=x, ylabel=y)

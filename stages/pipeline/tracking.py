@@ -128,11 +128,6 @@ class _Report(NamedTuple):
     progress: str
 
 
-def live(cell: Cell) -> Live:
-    """A context that follows the training of a cell; see Live."""
-    return Live(cell)
-
-
 def sync() -> bool:
     """Mirror every cell of the sweep whose files are those that dvc.lock records, healing what is missing; False on trouble."""
 

@@ -72,7 +72,7 @@ def test_the_projects_own_parameters_are_valid(tmp_path: Path) -> None:
         ("sweep.datasets", ["MNIST-2"], ["sweep.datasets.0 = 'MNIST-2'", "a-z0-9_"]),
         ("sample.fast.steps", 201, ["sample.fast.steps = 201", "at most", "200"]),
         ("sample.fast.sampler", "euler", ["sample.fast.sampler = 'euler'", "ddpm", "ddim"]),
-        ("train.label_dropout", 0.0, ["sample.guidance = 2", "train.label_dropout > 0", "sample.guidance: 0"]),
+        ("train.label_dropout", 0.0, ["sample.guidance = 1.5", "train.label_dropout > 0", "sample.guidance: 0"]),
         ("sample.guidance_interval", [2.0, -4.0], ["sample: guidance_interval = [2.0, -4.0]", "rising"]),
         ("sample.guidance_interval", [2.0], ["sample.guidance_interval = [2.0]", "at least 2"]),
         ("data.mnist.size", 32, ["data.mnist.size = 32", "28"]),

@@ -189,13 +189,13 @@ def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) ->
     for path in pictures.values():
         figures.save_png(path, np.zeros((4, 4), np.uint8))
     rows = {1: {"step": 1, "train_loss": 0.9, "images_per_sec": 50.0}, 2: {"step": 2, "train_loss": 0.8, "images_per_sec": 51.0}}
-    with contextlib.suppress(KeyboardInterrupt), tracking.live(CELL) as live:
+    with contextlib.suppress(KeyboardInterrupt), tracking.Live(CELL) as live:
         live.report(rows[1], pictures[1], 0.5, 61.4)
         live.report(rows[2], pictures[2], 1.0, 0.0)
         raise KeyboardInterrupt
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["progress"]) == ("KILLED", "stopped")
-    with tracking.live(CELL) as live:  # goes on from the first step, the second is measured again
+    with tracking.Live(CELL) as live:  # goes on from the first step, the second is measured again
         live.report(rows[2] | {"images_per_sec": 40.0}, pictures[2], 1.0, 0.0)
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["progress"]) == ("FINISHED", "trained")
@@ -214,7 +214,7 @@ def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
     picture = paths.weights(str(CELL)) / "previews" / "00000001.png"
     figures.save_png(picture, np.zeros((4, 4), np.uint8))
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
-    with tracking.live(CELL) as live:
+    with tracking.Live(CELL) as live:
         live.report({"step": 1, "train_loss": 0.9}, picture, 0.25, 75.2)
         for _ in range(600):
             if runs(tree) and "progress" in (run := runs(tree)[0]).data.tags:
@@ -248,7 +248,7 @@ def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
 
 def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> None:
     tracking.publish(CELL)
-    edit("params.yaml", lambda text: text.replace("images: 50000 #", "images: [50000, 30000] #"))
+    edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
     tracking.publish(CELL)
     shorter, longer = runs(tree)
     assert "continues" not in shorter.data.tags
