@@ -1,4 +1,6 @@
-"""Kill a pipeline at random moments, in every way, and see that `dvc repro` then ends with the bits of an unbroken run.
+"""Kill a pipeline at random moments, in every way, and see that it then goes on and ends with the bits of an unbroken run.
+
+It goes on as `make repro` does: `plan` mends what a killed DVC left half-written, then `dvc repro`.
 
 Prints one JSON line. Run: python benchmarks/kills.py [--kills 200] [--seed 0] [--folder EMPTY_FOLDER]
 """
@@ -179,6 +181,7 @@ def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
                 done += 1
                 bar.update()
             rounds += 1
+            call(pipeline.folder, sys.executable, "-m", "stages.pipeline.plan", "plan")
             call(pipeline.folder, "dvc", "repro")
             if faults := pipeline.faults():
                 return {"kills": done, "rounds": rounds, "history": history, "faults": faults}

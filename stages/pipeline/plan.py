@@ -7,6 +7,7 @@ python -m stages.pipeline.plan profile NAME    merge profiles/NAME.yaml into par
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -32,8 +33,10 @@ PER_DATASET = ("fetch", "prepare", "extractor", "reference")
 def plan() -> None:
     """Print the stages that are out of date or follow from one that is, and a time from what was last recorded."""
     params.load()  # a mistake in it is told here, in one line
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
-    asked = subprocess.run(command, capture_output=True, text=True)
+    mend_rwlock()
+    asked = _status()
+    if asked.returncode and "dvc.lock" in asked.stderr:
+        asked = mend_lock()
     if busy := re.search(r"is busy.*PID (\d+)", asked.stderr, re.DOTALL):
         raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
     if asked.returncode:
@@ -51,6 +54,37 @@ def plan() -> None:
         print(f"; no estimate for {unknown} of the stages" if unknown else "")
     else:
         print("No estimate: metrics/timing records no such stage yet.")
+
+
+def _status() -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True)
+
+
+def mend_rwlock() -> None:
+    """Remove DVC's list of who reads and writes what where a kill cut it off: DVC writes it in place."""
+    file = Path(".dvc/tmp/rwlock")
+    with contextlib.suppress(Timeout, FileNotFoundError), FileLock(file.with_name("rwlock.lock"), timeout=0):  # as DVC holds it
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            file.unlink()
+            print(f"A kill of DVC cut {file} off: removed", file=sys.stderr)
+
+
+def mend_lock() -> subprocess.CompletedProcess[str]:
+    """Take the last stage out of dvc.lock, where a kill cut it off; DVC finds in its cache what it forgot. What DVC then says."""
+    file, stage = Path("dvc.lock"), r"^  [^\s#].*:\n"
+    text = file.read_text(encoding="utf-8")
+    stages = list(re.finditer(stage, text, re.MULTILINE))
+    with whole_file(file) as temporary:
+        temporary.write_text(text[: stages[-1].start()] if stages[1:] else "schema: '2.0'\nstages: {}\n", encoding="utf-8")
+    asked = _status()
+    if asked.returncode:  # that was not the trouble
+        with whole_file(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    else:
+        print(f"A kill of DVC cut {file} off: its last stage is taken out, and found again in the cache", file=sys.stderr)
+    return asked
 
 
 def with_followers(changed: set[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What `make repro` and `make prune` say before they do anything."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,37 @@ def touch(*files: Path) -> None:
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+
+
+def test_a_list_of_readers_that_a_kill_cut_off_is_removed_unless_a_dvc_is_at_work(tree: Path) -> None:
+    plan.mend_rwlock()  # in a folder without DVC too
+    rwlock = tree / ".dvc/tmp/rwlock"
+    touch(rwlock)
+    rwlock.write_text('{"read": {')
+    with FileLock(rwlock.with_name("rwlock.lock")):
+        plan.mend_rwlock()
+    assert rwlock.exists()
+    plan.mend_rwlock()
+    assert not rwlock.exists()
+    rwlock.write_text("{}")
+    plan.mend_rwlock()
+    assert rwlock.exists()
+
+
+def test_a_lock_that_a_kill_cut_off_loses_its_last_stage_alone(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
+    lock, whole = tree / "dvc.lock", (ROOT / "dvc.lock").read_text()
+    second = whole.index("  prepare@")
+    lock.write_text(whole[: whole.index("md5: ", second) + len("md5:")])  # in the middle of an entry
+    assert "prepare@" in lock.read_text()
+    plan.plan()
+    assert lock.read_text() == whole[:second]
+    assert "cut dvc.lock off" in capsys.readouterr().err
+    conflict = whole.replace("  prepare@", "<<<<<<< HEAD\n  prepare@", 1)
+    lock.write_text(conflict)
+    with pytest.raises(UserError, match=r"dvc\.lock"):
+        plan.plan()
+    assert lock.read_text() == conflict  # not a kill's work, so not ours to mend
 
 
 @pytest.mark.usefixtures("tree")
