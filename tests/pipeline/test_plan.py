@@ -48,7 +48,7 @@ def test_a_lock_that_a_kill_cut_off_loses_its_last_stage_alone(tree: Path, capsy
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
     lock, whole = tree / "dvc.lock", (ROOT / "dvc.lock").read_text()
     second = whole.index("  prepare@")
-    lock.write_text(whole[: whole.index("md5: ", second) + len("md5:")])  # in the middle of an entry
+    lock.write_text(whole[: whole.index("hash: ", second) + len("hash:")])  # in the middle of an entry
     assert "prepare@" in lock.read_text()
     plan.plan()
     assert lock.read_text() == whole[:second]
