@@ -1,7 +1,7 @@
 """Train the network of one cell.
 
 Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, the average at each quarter of
-the last phase, a preview grid for each report, and the loss curve.
+the last phase, a preview grid before it and for each report, and the loss curve.
 
     python -m stages.train mnist-cosine-1000-0
 """
@@ -84,8 +84,11 @@ def main(
     names = _fingerprints(cell, diffusion, network, train)
     with checkpoint.unfinished(names[-1]) as work, tracking.Live(cell) as live:
         losses, so_far = _restore(work, names, modules, optimizers)
+        previews = work / "weights" / "previews"
         if so_far["step"]:
             print(f"{cell}: going on from step {so_far['step']} of {last.end}", flush=True)
+        else:
+            figures.save_png(previews / f"{0:08d}.png", preview(net_ema, size, diffusion.prediction, alpha_bar))
         curve, clock, seconds = so_far["curve"], so_far["clock"], so_far["seconds"]
         marked, started = so_far["step"], time.perf_counter()  # since when `seconds` does not count
         saved = started
@@ -124,7 +127,7 @@ def main(
                     rate = (step - marked) * train.batch / elapsed
                     clock.append({"step": step, "images_per_sec": round(rate, 1), **peak_memory(), **checkpoint.device_memory()})
                     losses.clear()
-                    picture = work / "weights" / "previews" / f"{step:08d}.png"
+                    picture = previews / f"{step:08d}.png"
                     figures.save_png(picture, preview(net_ema, size, diffusion.prediction, alpha_bar))
                     live.report(curve[-1] | clock[-1], picture, step / last.end, (last.end - step) * train.batch / rate)
                 if step in snapshot_at:

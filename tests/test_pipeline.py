@@ -128,7 +128,7 @@ def test_mlflow_holds_the_cell(tree: Path) -> None:
     found = {item.path for name in ("samples", "data", "images") for item in client.list_artifacts(run.info.run_id, name)}
     assert {"samples/grid.png", "samples/denoising.gif", "data/dataset.json"} <= found
     previews = sorted(int(path.split("+")[2]) for path in found if path.endswith(".webp"))
-    assert previews == [point.step for point in history]
+    assert previews == [0, *(point.step for point in history)]
     scored = client.get_metric_history(run.info.run_id, "snapshot_fid")
     assert [point.step for point in scored] == [2, 4, 6, 8]
     assert run.inputs.dataset_inputs[0].dataset.name == "persian_glyphs"

@@ -86,7 +86,7 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     folder = paths.weights(str(CELL))
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")}
     weights = {f"{name}.safetensors" for name in ("ema-25", "ema-50", "ema-75", "ema", "raw")}
-    assert names == weights | {f"previews/0000000{step}.png" for step in (2, 4, 6, 8)}
+    assert names == weights | {f"previews/0000000{step}.png" for step in (0, 2, 4, 6, 8)}
     rows = list(csv.DictReader(paths.loss_curve(str(CELL)).open()))
     assert [int(row["images"]) for row in rows] == [16, 32, 48, 64]
     assert all(0.1 < float(row["train_loss"]) < 3 for row in rows)

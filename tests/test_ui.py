@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks import kills
+from stages.pipeline import view
 
 pytestmark = pytest.mark.browser
 OTHER = kills.CELL.replace("cosine", "linear_unscaled")
@@ -86,3 +87,17 @@ def test_a_run_shows_its_previews_by_step(page: Page, ui: str) -> None:
     page.get_by_placeholder("Search metric charts").fill("preview")
     page.get_by_text("preview", exact=True).first.wait_for()
     page.locator("img[src*='preview']").or_(page.locator("[role=slider]")).first.wait_for()
+
+
+@pytest.mark.usefixtures("screenshots")
+def test_the_link_of_make_ui_shows_scores_pictures_and_losses_side_by_side(page: Page, ui: str) -> None:
+    page.goto(f"{ui}/#/experiments/1/runs?compareRunsMode=CHART&{view.LINK}")
+    for name in ("scores", "pictures", "training"):
+        page.get_by_text(name).first.wait_for()
+    pictures = page.locator("img[src*='preview%2Bstep%2B200%2B']")  # of the last step
+    pictures.first.wait_for()
+    pictures.nth(1).wait_for()
+    slider = page.get_by_role("slider").first
+    slider.focus()
+    slider.press("ArrowLeft")
+    page.locator("img[src*='preview%2Bstep%2B175%2B']").nth(1).wait_for()

@@ -12,12 +12,12 @@ from stages.pipeline.figures import Pixels, grid
 
 
 @torch.no_grad()
-def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor, *, columns: int = 10, rows: int = 2) -> Pixels:
-    """Grid of samples, always from the same noise: DDIM in at most 20 steps, the labels spread over the classes."""
+def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor, *, columns: int = 5, rows: int = 5) -> Pixels:
+    """Grid of samples, always from the same noise: DDIM in at most 12 steps, the labels spread over the classes."""
     index = torch.arange(rows * columns, device=alpha_bar.device)
     y = index * net.num_classes // len(index)
     T = len(alpha_bar)
     denoise = clipped_denoiser(net, prediction, y, unlabelled=net.num_classes, guidance=0)
     x_T = noise.gaussian(0, index, T, (1, size, size))
-    *_, (_, x, _) = ddim(denoise, x_T, alpha_bar, spaced_timesteps(T, min(20, T)), lambda _: x_T)  # eta is 0: no noise is used
+    *_, (_, x, _) = ddim(denoise, x_T, alpha_bar, spaced_timesteps(T, min(12, T)), lambda _: x_T)  # eta is 0: no noise is used
     return grid(to_uint8(x).cpu().numpy(), columns, scale=2)

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from stages import UserError
-from stages.pipeline import figures, params, paths, provenance, results
+from stages.pipeline import figures, params, paths, provenance, results, view
 from stages.pipeline.params import Cell
 from stages.pipeline.provenance import Tree, content_hash, workspace
 
@@ -40,6 +40,14 @@ Known = dict[tuple[str, int], float]
 
 SQLITE = "sqlite:///"
 PATIENCE = 20  # seconds to wait for another process that writes
+# Sections of the charts, and which numbers stand there; the headline scores are in none.
+SECTIONS = {
+    "set in T steps": r"ancestral_(?!seconds)",
+    "over log-SNR": r".*_at_",
+    "time and memory": r"(train|sample|evaluate)_|.*seconds_per_image",
+    "standard errors": r".*_error$",
+    "real images": r".*_floor$",
+}
 CLOCKED = ("images_per_sec", "peak_memory_mib", "cuda_memory_mib")  # not the same when measured again
 BY_STEP = ("lr", "train_loss", "val_loss", *results.OVER_TRAINING, *CLOCKED)
 
@@ -139,6 +147,7 @@ def sync() -> bool:
         written = [_write(client, _read(tree, cell), run) for cell, run in claimed]
         _end_the_dead(client, itertools.chain(*runs.values()))
         _write_origins(client, experiment)
+        _offer_view(client, experiment, tree.params.train)
         return f"{len(finished)} of {len(cells)} cells have results, {sum(written)} of them written now"
 
     return _with_store(work)
@@ -281,6 +290,13 @@ def _here() -> str:
     return f"{platform.node()}:{workspace()}"
 
 
+def _offer_view(client: "MlflowClient", experiment: str, train: params.Train) -> None:
+    before = client.get_experiment(experiment).tags.get(view.TAG)
+    wanted = view.tag(list(SECTIONS), sum(-(-images // train.batch) for images in train.images), before)
+    if wanted != before:
+        client.set_experiment_tag(experiment, view.TAG, wanted)
+
+
 def _write_origins(client: "MlflowClient", experiment: str) -> None:
     """Tell every run, of experiments and of former sweeps too, which commit holds its results."""
     from mlflow.entities import RunTag
@@ -320,15 +336,7 @@ def _log_numbers(client: "MlflowClient", run: "Run", numbers: dict[str, float]) 
 
 
 def _in_section(name: str) -> str:
-    """The name with the section that the UI shows it in; headline scores stand in none, before them all."""
-    sections = {
-        "set in T steps": r"ancestral_(?!seconds)",
-        "over log-SNR": r".*_at_",
-        "time and memory": r"(train|sample|evaluate)_|.*seconds_per_image",
-        "standard errors": r".*_error$",
-        "real images": r".*_floor$",
-    }
-    return next((f"{section}/{name}" for section, pattern in sections.items() if re.match(pattern, name)), name)
+    return next((f"{section}/{name}" for section, pattern in SECTIONS.items() if re.match(pattern, name)), name)
 
 
 def _known_steps(client: "MlflowClient", run_id: str) -> Known:
@@ -377,12 +385,16 @@ def _now() -> int:
 
 def _serve(port: str) -> None:
     """Open the UI, on this machine only, with one worker; of a store that is a server already, say where it is."""
+    from mlflow import MlflowClient
+
     uri = store_uri()
+    experiment = MlflowClient(uri).get_experiment_by_name(params.load().runtime.experiment)
+    page = f"/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART&{view.LINK}" if experiment else ""
     if uri.startswith("http"):
-        print(f"MLflow: the store is a server; open {uri}")
+        print(f"MLflow: the store is a server; open {uri}{page}")
         return
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    print(f"MLflow: http://127.0.0.1:{port} shows {uri}; Ctrl-C stops it", flush=True)
+    print(f"MLflow: {uri}; Ctrl-C stops the server. The cells side by side:\nhttp://127.0.0.1:{port}{page}", flush=True)
     server = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", port]
     os.execv(sys.executable, [*server, "--backend-store-uri", uri])
 
@@ -393,6 +405,6 @@ if __name__ == "__main__":
     parser.add_argument("--port", default="5000", help="of the UI (default: 5000)")
     args = parser.parse_args()
     complete = sync()
-    if args.command == "ui":
+    if args.command == "ui" and complete:
         _serve(args.port)
     sys.exit(not complete)

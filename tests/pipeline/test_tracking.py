@@ -1,11 +1,14 @@
 """Run keys, and what MLflow holds after publishing, publishing again, changing, losing and breaking things; files are made up."""
 
+import base64
 import contextlib
 import json
 import sqlite3
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from stages.pipeline import figures, params, paths, provenance, tracking
+from stages.pipeline import figures, params, paths, provenance, tracking, view
 from stages.pipeline.params import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +211,28 @@ def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) ->
     assert history(tree, run, "snapshot_fid") == [(2, 20.0)]
     assert previews(tree, run) == [1, 2]
     assert run.data.params["train.lr"] == "0.003"
+
+
+def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tree: Path) -> None:
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+
+    def state() -> Any:
+        tag = json.loads(client.get_experiment("1").tags[view.TAG])
+        assert len(client.get_experiment("1").tags[view.TAG]) < 5000
+        return json.loads(zlib.decompress(base64.b64decode(tag["state"].removeprefix("deflate;"))))
+
+    tracking.sync()
+    charts = state()["compareRunCharts"]
+    assert [chart["step"] for chart in charts if chart["type"] == "IMAGE"] == [1250]  # 40,000 images in batches of 32
+    sections = {section["uuid"] for section in state()["compareRunSections"]}
+    assert {chart["metricSectionId"] for chart in charts} <= sections
+    edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
+    tracking.sync()
+    assert next(chart["step"] for chart in state()["compareRunCharts"] if chart["type"] == "IMAGE") == 1875
+    mine = json.loads(client.get_experiment("1").tags[view.TAG]) | {"updatedAt": 1, "name": "Mine"}
+    client.set_experiment_tag("1", view.TAG, json.dumps(mine))
+    tracking.sync()
+    assert json.loads(client.get_experiment("1").tags[view.TAG]) == mine
 
 
 def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
