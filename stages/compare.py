@@ -132,7 +132,8 @@ def _loss_by_logsnr(cell: Cell, row: dict[str, Any]) -> Line:
 
 def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
     columns = {"cell": "cell", "FID": "fid", "± error": "fid_error", "floor": "fid_floor", "N": "images", "accuracy": "accuracy"}
-    columns |= {"sure": "confident", "eps-MSE": "eps_mse", "training s": "train_seconds"}
+    columns |= {"sure": "confident", "precision": "precision", "recall": "recall", "bits/dim": "bits_per_dim"}
+    columns |= {"eps-MSE": "eps_mse", "training s": "train_seconds"}
     columns |= {"s/image, fast": "fast_seconds_per_image", "s/image, all T": "ancestral_seconds_per_image"}
     lines = ["# Comparison of the sweep", "", _EXPLANATION]
     lines += [f"`{name}` is synthetic: its images are drawn by a program, nobody wrote them.\n" for name in synthetic]
@@ -157,7 +158,9 @@ same dataset: lower is better, and it falls with N, so only scores of the same N
 real training images: what a perfect model would score.
 
 `accuracy` is the share of samples that the classifier gives the label they were drawn for, `sure` the share to which it gives
-any label with at least 0.9 confidence. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
+any label with at least 0.9 confidence. `precision` is the share of samples among the real images, `recall` the share of real
+images among the samples (k = 3). `bits/dim` is the variational bound on the negative log-likelihood
+of test images, given their labels. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
 log-SNR does. Every cell is sampled twice: fast, with the same number of network evaluations in every cell (all scores are of
 this set), and with all T steps. The FID over training is of small fast sets, drawn from the averages at each quarter of the
 last phase: it is higher than that of the full set, and has a floor of its own.

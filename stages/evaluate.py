@@ -7,6 +7,7 @@ there is none.
 Run: python -m stages.evaluate CELL
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from stages import UserError
 from stages.datasets.images import to_float
+from stages.diffusion.likelihood import decoder_nll, prior_kl, step_kl
 from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample, x0_and_eps
 from stages.diffusion.schedules import noise_levels
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
 from stages.fidelity.frechet import Gaussian, fid
+from stages.fidelity.manifold import precision_recall
 from stages.networks.classifier import CHUNK, Classifier, classify
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths, tracking
@@ -37,7 +40,7 @@ def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
     floors = read_json(paths.scores("reference", cell.dataset))
 
     def scored(drawn: dict[str, Tensor]) -> dict[str, Any]:
-        return score_set(classifier, real, floors, drawn, evaluate.min_scored)
+        return score_set(classifier, real, reference["features"], floors, drawn, evaluate.min_scored)
 
     scores: dict[str, Any] = {}
     for name in ("fast", "ancestral"):
@@ -53,14 +56,17 @@ def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
     tracking.publish(cell)
 
 
-def score_set(net: Classifier, real: Gaussian, floors: dict[str, Any], drawn: dict[str, Tensor], min_scored: int) -> dict[str, Any]:
+def score_set(
+    net: Classifier, real: Gaussian, real_features: Tensor, floors: dict[str, Any], drawn: dict[str, Tensor], min_scored: int
+) -> dict[str, Any]:
     """Scores of one set of samples.
 
-    `fid` and `class_tv` are biased upwards in a small set, so they are left out below `min_scored` images, where `scored`
+    `fid`, `class_tv`, `precision` and `recall` depend on N, so they are left out below `min_scored` images, where `scored`
     is false; their floor holds for one N only and is null at another.
 
     Args:
         real: of the features of the test split.
+        real_features: (N, D), of as many test images, classes at their frequencies.
         floors: metrics/reference/D.json.
         drawn: `images` (N, 1, H, W) uint8 and `labels` (N,) int64, the labels asked for; -1 where none was.
     """
@@ -76,6 +82,8 @@ def score_set(net: Classifier, real: Gaussian, floors: dict[str, Any], drawn: di
         scores["fid"] = _score(*fid(real, features), floor and floor["fid"]["value"])
         tv = class_tv(floors["class_frequencies"], histogram)
         scores["class_tv"] = _score(*tv, floor and floor["class_tv"]["value"])
+        for name, found in zip(("precision", "recall"), precision_recall(real_features[:N], features), strict=True):
+            scores[name] = _score(*found, floor and floor[name]["value"])
     unconditional = bool((labels < 0).any())
     scores["accuracy"] = None if unconditional else _score(*accuracy(labels, probabilities), floors["accuracy"]["value"])
     scores["confident"] = _score(share, error, real_share)
@@ -88,7 +96,8 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     """Losses of the network, told the labels, on test images: the same images and noise in every cell of a dataset.
 
     `eps_mse` is the mean over t uniform in 0..T-1: a property of the schedule, no measure of quality. `logsnr_grid`
-    compares across schedules, at levels inside the range that the schedule trains on.
+    compares across schedules, at levels inside the range that the schedule trains on. `bits_per_dim` is the variational bound
+    on the negative log-likelihood of the images, given their labels, and its three parts.
 
     Raises:
         UserError: evaluate.images exceeds the test split.
@@ -102,27 +111,45 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     rng = torch.Generator().manual_seed(0)
     picked = torch.randperm(n, generator=rng)[:wanted]
     x0, y = to_float(test["images"][picked]), test["labels"][picked]
+    how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
+    table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], **how))
 
-    # The t of different T are the same fraction of T.
-    reference_size = about["diffusion"]["reference_size"]
-    table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], reference_size=reference_size))
-    random_t = [table[(torch.rand(wanted, generator=rng, dtype=torch.float64) * cell.T).long()] for _ in range(evaluate.draws)]
-    grid = [alpha_bar_of(torch.full((wanted,), level)) for level in evaluate.logsnr]
-    levels = progress([*random_t, *grid], total=len(random_t) + len(grid), unit="level", label="losses")
-    errors = [squared_errors(net, prediction, x0, y, alpha_bar, rng) for alpha_bar in levels]
-    averaged = torch.stack([eps for _, eps in errors[: evaluate.draws]]).mean(0)  # (images,): draws of one image are no new images
+    # Draw k of an image takes its t from the k-th part of 0..T-1: the same fraction of T in cells of different T.
+    random_t = []
+    for k in range(evaluate.draws):
+        u = (torch.randperm(wanted, generator=rng) + torch.rand(wanted, generator=rng, dtype=torch.float64)) / wanted
+        random_t.append(((k + u) / evaluate.draws * cell.T).long())
+    levels = [table[t] for t in random_t]
+    levels += [alpha_bar_of(torch.full((wanted,), level)) for level in evaluate.logsnr]
+    levels.append(table[:1].expand(wanted))
+    bar = progress(levels, total=len(levels), unit="level", label="losses")
+    x0_errors, eps_errors = [], []
+    for alpha_bar in bar:
+        x0_hat, eps_error = predict(net, prediction, x0, y, alpha_bar, rng)
+        x0_errors.append((x0_hat.double() - x0).square().flatten(1).mean(1))
+        eps_errors.append(eps_error)
     on_grid = [
-        {"logsnr": level, "x0_mse": _mean(x0_errors), "eps_mse": _mean(eps_errors)}
-        for level, (x0_errors, eps_errors) in zip(evaluate.logsnr, errors[evaluate.draws :], strict=True)
+        {"logsnr": level, "x0_mse": _mean(x0_errors[k]), "eps_mse": _mean(eps_errors[k])}
+        for k, level in enumerate(evaluate.logsnr, start=evaluate.draws)
     ]
-    return {"eps_mse": _mean(averaged), "logsnr_grid": on_grid}
+
+    # The bound: the decoder stands for t = 0, which counts for nothing among the steps. Draws of one image are no new images.
+    before = torch.cat([table[:1], table[:-1]])
+    steps = torch.stack([step_kl(x0_errors[k], table[t], before[t]) for k, t in enumerate(random_t)]).mean(0) * cell.T
+    parts = {"prior": prior_kl(x0, table[-1]), "steps": steps, "decoder": decoder_nll(x0, x0_hat, alpha_bar)}
+    return {
+        "eps_mse": _mean(torch.stack(eps_errors[: evaluate.draws]).mean(0)),
+        "bits_per_dim": _mean(sum(parts.values(), torch.zeros(())) / math.log(2)),
+        **{f"bits_of_{name}": _mean(nats / math.log(2)) for name, nats in parts.items()},
+        "logsnr_grid": on_grid,
+    }
 
 
 @torch.inference_mode()
-def squared_errors(
+def predict(
     net: UNet, prediction: Prediction, x0: Tensor, y: Tensor, alpha_bar: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Squared errors of x0_hat and of eps_hat, both (N,) float64, means over pixels; on the CPU.
+    """x0_hat, (N, 1, H, W) float32, and the squared error of eps_hat, mean over pixels, (N,) float64; both on the CPU.
 
     Args:
         x0: (N, 1, H, W) float32 in [-1, 1].
@@ -131,17 +158,15 @@ def squared_errors(
         rng: of the noise, on the CPU.
     """
     where = next(net.parameters()).device
-    errors = []
-    for x0_cpu, y_cpu, a in zip(x0.split(LOSS_CHUNK), y.split(LOSS_CHUNK), alpha_bar.split(LOSS_CHUNK), strict=True):
-        eps = torch.randn(x0_cpu.shape, generator=rng).to(where)
-        clean = x0_cpu.to(where)
+    predicted, errors = [], []
+    for clean, label, a in zip(x0.split(LOSS_CHUNK), y.split(LOSS_CHUNK), alpha_bar.split(LOSS_CHUNK), strict=True):
+        eps = torch.randn(clean.shape, generator=rng)
         x_t = q_sample(clean, a, eps)
-        output = net(x_t, logsnr(a).float().to(where), y_cpu.to(where))
+        output = net(x_t.to(where), logsnr(a).float().to(where), label.to(where)).cpu()
         x0_hat, eps_hat = x0_and_eps(prediction, output, x_t, a)
-        pairs = ((x0_hat, clean), (eps_hat, eps))
-        errors.append(torch.stack([(hat.double() - true).square().mean(dim=(1, 2, 3)) for hat, true in pairs]).cpu())
-    x0_errors, eps_errors = torch.cat(errors, dim=1)
-    return x0_errors, eps_errors
+        predicted.append(x0_hat)
+        errors.append((eps_hat.double() - eps).square().flatten(1).mean(1))
+    return torch.cat(predicted), torch.cat(errors)
 
 
 def _mean(values: Tensor) -> Score:

@@ -12,6 +12,7 @@ from stages import UserError
 from stages.datasets.images import to_float
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
 from stages.fidelity.frechet import fit_gaussian, frechet_distance
+from stages.fidelity.manifold import precision_recall
 from stages.networks.classifier import CHUNK, classify
 from stages.pipeline import paths
 from stages.pipeline.checkpoint import load_classifier, load_tensors, save_tensors
@@ -38,14 +39,18 @@ def main(dataset: str, sample__images: int, sample__snapshot_images: int) -> Non
 
     real = fit_gaussian(features)
     frequencies = np.bincount(test["labels"], minlength=probabilities.shape[1]) / real.n
+    real_features = features[balanced_order(test["labels"], torch.Generator().manual_seed(0))[:N]]
     sets = {}
     for size in {N, sample__snapshot_images}:
         draws = range(0, min(DRAWS, len(drawn) // size) * size, size)
         fids = [frechet_distance(real, fit_gaussian(train_features[i : i + size])) for i in draws]
         tvs = [class_tv(frequencies, class_histogram(train_probabilities[i : i + size]))[0] for i in draws]
+        shares = [precision_recall(real_features[:size], train_features[i : i + size]) for i in draws]
+        precisions, recalls = ([share for share, _ in values] for values in zip(*shares, strict=True))
         sets[str(size)] = {"draws": len(draws), "fid": _mean_and_sd(fids), "class_tv": _mean_and_sd(tvs)}
-    saved = {"mean": real.mean, "cov": real.cov, "class_frequencies": frequencies}
-    save_tensors(paths.reference(dataset), {key: torch.from_numpy(value) for key, value in saved.items()}, images=real.n)
+        sets[str(size)] |= {"precision": _mean_and_sd(precisions), "recall": _mean_and_sd(recalls)}
+    saved = {"mean": torch.from_numpy(real.mean), "cov": torch.from_numpy(real.cov), "features": real_features}
+    save_tensors(paths.reference(dataset), saved, images=real.n)
     scores = {
         "test_images": real.n,
         "sets": dict(sorted(sets.items())),

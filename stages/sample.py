@@ -2,7 +2,8 @@
 
 The fast set: the same sampler and number of evaluations in every cell. The ancestral set: all T steps. The snapshots: the first
 images of the fast set, as they would be at each quarter of the last phase of training. Also a grid with the classes in order,
-and an animation of the denoising. Image i is a function of (weights, seed, i) alone.
+an animation of the denoising, and moments of it beside what the network believes then. Image i is a function of (weights, seed,
+i) alone.
 
     python -m stages.sample mnist-cosine-1000-0
 """
@@ -22,13 +23,16 @@ from torch import Tensor
 
 from stages.datasets.images import to_uint8
 from stages.diffusion import noise
-from stages.diffusion.samplers import SAMPLERS, Steps, clipped_denoiser, spaced_timesteps
+from stages.diffusion.samplers import SAMPLERS, Steps, denoiser, spaced
 from stages.diffusion.schedules import logsnr_shift, noise_levels
 from stages.pipeline import checkpoint, figures, params, paths
 from stages.pipeline.stage import progress, read_json, run
 
-How = tuple[str, list[int], dict[str, float]]
-"""Name of a sampler, its timesteps, its options."""
+How = tuple[str, str, int, dict[str, Any]]
+"""Name of a sampler, of a spacing, number of steps, options of the sampler."""
+
+Frame = tuple[figures.Pixels, figures.Pixels]
+"""Where the first images stand, and what the network believes of them, each (N, 1, H, W) uint8."""
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -41,9 +45,9 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     checkpoint.check_bf16(sample.precision)
     weights, folder = paths.weights(str(cell)), paths.samples(str(cell))
     counts = read_json(paths.prepared(cell.dataset) / "dataset.json")["images_per_class"]["test"]
-    every, spaced = spaced_timesteps(cell.T, cell.T), spaced_timesteps(cell.T, sample.fast.steps)
-    fast: How = (sample.fast.sampler, spaced, {"eta": sample.fast.eta})
-    ancestral: How = (sample.ancestral.sampler, every, {})
+    options = {"eta": sample.fast.eta} if sample.fast.sampler == "ddim" else {}
+    fast: How = (sample.fast.sampler, sample.fast.spacing, sample.fast.steps, options)
+    ancestral: How = (sample.ancestral.sampler, "trailing", cell.T, {"variance": sample.ancestral.variance})
 
     # The averages along the way: fast sets, smaller ones.
     labels = class_sequence(torch.arange(sample.images), counts)
@@ -61,8 +65,8 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
         images, frames, evaluations = chain.draw(n, how, label=f"{cell} {name}")
         seconds = time.perf_counter() - started
         measured |= {f"{name}_seconds": round(seconds, 2), f"{name}_images_per_sec": round(n / seconds, 2)}
-        sampler, timesteps, options = how
-        about = {"sampler": sampler, "steps": len(timesteps), "network_evaluations": evaluations, **options}
+        sampler, spacing, steps, options = how
+        about = {"sampler": sampler, "spacing": spacing, "steps": steps, "network_evaluations": evaluations, **options}
         about |= {"guidance": sample.guidance, "guidance_interval": chain.guidance_interval}
         asked = chain.asked(labels[:n])
         checkpoint.save_tensors(folder / f"{name}.safetensors", {"images": images, "labels": asked}, cell=str(cell), **about)
@@ -70,8 +74,9 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
             snapshots.append((chain, images[: sample.snapshot_images]))
             figures.save_png(folder / "grid.png", class_grid(images.numpy(), labels.numpy(), len(counts)))
         else:
-            pictures = [figures.grid(frame, COLUMNS, scale=2) for frame in frames]
+            pictures = [figures.grid(x, COLUMNS, scale=2) for x, _ in frames]
             figures.save_gif(folder / "denoising.gif", pictures, milliseconds=80)
+            figures.save_png(folder / "chain.png", chain_picture(frames))
     trained = torch.tensor([chain.about["images"] for chain, _ in snapshots])
     sets = {"images": torch.stack([images for _, images in snapshots]), "trained_images": trained}
     sets["labels"] = chain.asked(labels[: sample.snapshot_images])
@@ -85,21 +90,21 @@ class Chain:
     def __init__(self, cell: params.Cell, sample: params.Sample, weights: Path, counts: Sequence[int]) -> None:
         self.cell, self.sample, self.counts, self.device = cell, sample, counts, checkpoint.device()
         self.net, self.about = checkpoint.load_network(weights)
-        self.size, reference_size = self.about["size"], self.about["diffusion"]["reference_size"]
-        levels = noise_levels(cell.schedule, cell.T, size=self.size, reference_size=reference_size)
-        self.alpha_bar = torch.from_numpy(levels).to(self.device)
-        shift = logsnr_shift(self.size, reference_size)
+        self.size = self.about["size"]
+        how = {name: self.about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
+        self.alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=self.size, **how)).to(self.device)
+        shift = logsnr_shift(self.size, self.about["diffusion"]["reference_size"])
         self.guidance_interval = (sample.guidance_interval[0] + shift, sample.guidance_interval[1] + shift)
 
-    def draw(self, n: int, how: How, *, label: str) -> tuple[Tensor, list[figures.Pixels], int]:
+    def draw(self, n: int, how: How, *, label: str) -> tuple[Tensor, list[Frame], int]:
         """n images, (n, 1, H, W) uint8; frames of the first of them on the way; network evaluations for each image.
 
         On a CPU every core draws chunks of its own, on one thread: faster than all at one chunk, and the same bits on any
         number of cores.
         """
-        chunk, steps = self.sample.chunk, len(how[1])
+        chunk, steps = self.sample.chunk, how[2]
         starts, frames, stop = range(0, n, chunk), [], threading.Event()
-        shown_at = set(how[1][:: max(1, steps // FRAMES)]) | {how[1][-1]}
+        shown_at = {round(k * (steps - 1) / (FRAMES - 1)) for k in range(FRAMES)}
         cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         with (
             progress(total=len(starts) * steps * chunk, unit="eval", label=label) as bar,
@@ -116,9 +121,9 @@ class Chain:
                         return self.net(x, logsnr, y)
 
                 with torch.inference_mode():  # for this thread
-                    for t, x, _ in self._steps(network, first, *how):
-                        if first == 0 and t in shown_at:
-                            frames.append(to_uint8(x[: min(SHOWN, n)]).cpu().numpy())
+                    for k, (x, x0_hat) in enumerate(self._steps(network, first, *how)):
+                        if first == 0 and k in shown_at:
+                            frames.append((_shown(x, n), _shown(x0_hat, n)))
                         with bar.get_lock():
                             bar.update(chunk)
                         if stop.is_set():
@@ -135,21 +140,23 @@ class Chain:
         """The labels that were asked for: -1 where the network knows none."""
         return labels if self.about["network"]["conditional"] else torch.full_like(labels, -1)
 
-    def _steps(self, network: Network, first: int, sampler: str, timesteps: list[int], options: dict[str, float]) -> Steps:
+    def _steps(self, network: Network, first: int, sampler: str, spacing: str, steps: int, options: dict[str, Any]) -> Steps:
         index = torch.arange(first, first + self.sample.chunk, device=self.device)
-        denoise = clipped_denoiser(
+        denoise = denoiser(
             network,
             self.about["diffusion"]["prediction"],
             class_sequence(index, self.counts),
             unlabelled=self.about["num_classes"],
             guidance=self.sample.guidance,
             guidance_interval=self.guidance_interval,
+            clip=self.sample.clip_x0,
         )
+        path = spaced(self.alpha_bar, steps, spacing)
 
-        def noise_at(t: int) -> Tensor:
-            return noise.gaussian(self.cell.seed, index, t, (1, self.size, self.size))
+        def noise_at(after: int) -> Tensor:
+            return noise.gaussian(self.cell.seed, index, after, (1, self.size, self.size))
 
-        return SAMPLERS[sampler](denoise, noise_at(self.cell.T), self.alpha_bar, timesteps, noise_at, **options)
+        return SAMPLERS[sampler](denoise, noise_at(self.cell.T), path, noise_at, **options)
 
 
 def class_sequence(index: Tensor, counts: Sequence[int]) -> Tensor:
@@ -162,12 +169,23 @@ def class_sequence(index: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.searchsorted(edges / edges[-1], position, right=True)
 
 
+def chain_picture(frames: list[Frame]) -> figures.Pixels:
+    """Four images at ten moments of their chain: in each pair of rows x_t above, x0_hat below."""
+    moments = [frames[round(k * (len(frames) - 1) / (COLUMNS - 1))] for k in range(COLUMNS)]
+    rows = [pictures[i] for i in range(min(4, len(frames[0][0]))) for kind in (0, 1) for pictures in (m[kind] for m in moments)]
+    return figures.grid(np.stack(rows), COLUMNS, scale=2)
+
+
 def class_grid(images: figures.Pixels, labels: NDArray[np.int64], num_classes: int) -> figures.Pixels:
     """Ten images a row: a row for each class; with more than 20 classes two share a row, five images each."""
     each = 10 if num_classes <= 20 else 5
     blank = np.full((each, *images.shape[1:]), 128, np.uint8)
     rows = [np.concatenate([images[labels == y][:each], blank])[:each] for y in range(num_classes)]
     return figures.grid(np.concatenate(rows), COLUMNS, scale=2 if images.shape[-1] < 48 else 1)
+
+
+def _shown(x: Tensor, n: int) -> figures.Pixels:
+    return to_uint8(x[: min(SHOWN, n)]).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from stages.pipeline.preview import preview
 from stages.pipeline.stage import peak_memory, progress, read_json, run, whole_file, whole_folder
 
 Loss = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(net, x0, y, t, eps) -> the mean squared error of what the network predicts."""
+"""(net, x0, y, t, eps) -> the weighted mean squared error of what the network predicts."""
 
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
 
@@ -61,7 +61,8 @@ def main(
     images, labels, val_images, val_labels = _split(cell, train.validation_images, device)
     class_names = read_json(paths.prepared(cell.dataset) / "dataset.json")["class_names"]
     size = images.shape[-1]
-    alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, reference_size=diffusion.reference_size)).to(device)
+    how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
+    alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, **how)).to(device)
 
     # Network, its average, optimisers. What is needed to build the network again travels with the weights.
     about = {"cell": str(cell), "size": size, "num_classes": len(class_names), "class_names": class_names}
@@ -72,7 +73,7 @@ def main(
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     weights, averages = list(net.parameters()), list(net_ema.parameters())
     modules, optimizers = {"net": net, "ema": net_ema}, _optimizers(net, train)
-    loss_of = _loss(diffusion.prediction, alpha_bar, train.precision)
+    loss_of = _loss(diffusion, alpha_bar, train.precision)
 
     # What happens when.
     phases = _phases(train)
@@ -185,8 +186,10 @@ def _restore(
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:
-    """Learning rate of a step, 1..steps: linear warm-up times a cosine that reaches zero after the last step."""
+    """Learning rate of a step, 1..steps: linear warm-up times a cosine that reaches zero after the last step, or halvings."""
     warmup = min(1.0, step * train.batch / max(train.warmup_images, 1))
+    if train.halve_lr_every:
+        return train.lr * warmup * 0.5 ** ((step - 1) * train.batch // train.halve_lr_every)
     return train.lr * warmup * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
@@ -209,7 +212,9 @@ def stratified_timesteps(batch: int, T: int, rng: torch.Generator) -> Tensor:
 
 
 def _optimizers(net: UNet, train: params.Train) -> list[torch.optim.Optimizer]:
-    """Muon for the convolutions between stem and head, AdamW for all else: ends, embeddings, biases, norms."""
+    """Muon for the convolutions between stem and head, AdamW for all else: ends, embeddings, biases, norms. Or Adam for all."""
+    if train.optimizer == "adam":
+        return [torch.optim.Adam(net.parameters(), lr=train.lr, fused=True)]
     inner = [weight for part in (net.down, net.middle, net.up) for weight in part.parameters() if weight.ndim == 4]
     taken = {id(weight) for weight in inner}
     rest = [weight for weight in net.parameters() if id(weight) not in taken]
@@ -231,12 +236,15 @@ def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tens
     return images[:-held_out], labels[:-held_out], images[-held_out:], labels[-held_out:]
 
 
-def _loss(prediction: process.Prediction, alpha_bar: Tensor, precision: params.Precision) -> Loss:
+def _loss(diffusion: params.Diffusion, alpha_bar: Tensor, precision: params.Precision) -> Loss:
+    weights = process.loss_weights(diffusion.weighting, diffusion.prediction, alpha_bar)
+
     def loss_of(net: UNet, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         a = alpha_bar[t]
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = net(process.q_sample(x0, a, eps), process.logsnr(a), y)
-        return (output.float() - process.target(prediction, x0, eps, a)).square().mean()
+        errors = (output.float() - process.target(diffusion.prediction, x0, eps, a)).square().flatten(1).mean(1)
+        return (weights[t].float() * errors).mean()
 
     return loss_of
 

@@ -155,7 +155,13 @@ def promised(stage: str) -> set[str]:
         "reference": {str(paths.reference(name)), str(paths.scores(stage, name))},
         "train": {str(paths.weights(name)), str(paths.loss_curve(name))},
         "sample": files(
-            paths.samples, "fast.safetensors", "ancestral.safetensors", "snapshots.safetensors", "grid.png", "denoising.gif"
+            paths.samples,
+            "fast.safetensors",
+            "ancestral.safetensors",
+            "snapshots.safetensors",
+            "chain.png",
+            "grid.png",
+            "denoising.gif",
         ),
         "evaluate": {str(paths.scores(stage, name))},
     }

@@ -48,7 +48,7 @@ def save_network(cell: params.Cell) -> None:
         "size": SIZE,
         "num_classes": CLASSES,
         "network": NETWORK.model_dump(),
-        "diffusion": {"prediction": "v", "reference_size": SIZE},
+        "diffusion": {"prediction": "v", "reference_size": SIZE, "zero_terminal_snr": False},
     }
     save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
 
@@ -71,7 +71,7 @@ def score(drawn: dict[str, Tensor], min_scored: int = 50) -> dict[str, Any]:
     tensors, about = load_tensors(paths.reference("bars"))
     real = Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"])
     floors = read_json(paths.scores("reference", "bars"))
-    return evaluate.score_set(load_classifier(paths.extractor("bars")), real, floors, drawn, min_scored)
+    return evaluate.score_set(load_classifier(paths.extractor("bars")), real, tensors["features"], floors, drawn, min_scored)
 
 
 def test_extractor_learns_and_repeats_itself(tree: Path) -> None:
@@ -128,12 +128,13 @@ def test_real_images_score_near_the_floor_and_spoilt_ones_do_not(tree: Path) -> 
     collapsed = score({key: value[one_class].repeat(8, *[1] * (value.ndim - 1))[:N] for key, value in real.items()})
     assert collapsed["class_tv"]["value"] > 0.5
     assert collapsed["fid"]["value"] > 5 * good["fid"]["floor"]
+    assert collapsed["recall"]["value"] < 0.7 * good["recall"]["value"]
 
 
 def test_set_scores_say_what_they_cannot_know(tree: Path) -> None:
     small = score(bars(40, seed=3))
     assert small["scored"] is False
-    assert not {"fid", "class_tv"} & small.keys()
+    assert not {"fid", "class_tv", "precision", "recall"} & small.keys()
     assert sum(small["class_histogram"]) == small["images"] == 40
     other = score(bars(60, seed=3))
     assert other["scored"] is True
@@ -165,10 +166,11 @@ class Informed(Silent):
 def errors_of(net: nn.Module, prediction: str, level: float) -> tuple[Tensor, Tensor]:
     x0, y = torch.full((300, 1, 8, 8), -0.5), torch.zeros(300, dtype=torch.long)
     alpha_bar = alpha_bar_of(torch.full((300,), level))
-    return evaluate.squared_errors(net, prediction, x0, y, alpha_bar, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    x0_hat, eps_errors = evaluate.predict(net, prediction, x0, y, alpha_bar, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    return (x0_hat.double() - x0).square().flatten(1).mean(1), eps_errors
 
 
-def test_squared_errors_of_known_networks() -> None:
+def test_errors_of_known_networks() -> None:
     x0_errors, eps_errors = errors_of(Silent(), "x0", 1.0)
     assert x0_errors == pytest.approx(torch.full((300,), 0.25, dtype=torch.float64))
     x0_errors, eps_errors = errors_of(Silent(), "eps", 1.0)
@@ -193,8 +195,20 @@ def test_grid_compares_across_schedules_and_eps_mse_does_not(tree: Path) -> None
     assert [point["logsnr"] for point in first["logsnr_grid"]] == EVALUATE.logsnr
     assert first["eps_mse"]["value"] != second["eps_mse"]["value"]
     assert first["eps_mse"]["error"] > 0
+    assert first["bits_per_dim"]["value"] != second["bits_per_dim"]["value"]
     with pytest.raises(UserError, match=r"evaluate.images = 121 must be at most 120, the test images of bars"):
         evaluate.measure_losses(cells[0], EVALUATE.model_copy(update={"images": 121}))
+
+
+def test_bound_estimated_by_draws_is_the_sum_over_every_t(tree: Path) -> None:
+    """With as many draws as there are t, each image visits every t once: no Monte Carlo is left but the noise."""
+    cell = params.Cell("bars", "cosine", 8, 0)
+    save_network(cell)
+    few, all_of_them = (
+        evaluate.measure_losses(cell, EVALUATE.model_copy(update={"draws": draws}))["bits_of_steps"] for draws in (4, 8)
+    )
+    assert few["value"] == pytest.approx(all_of_them["value"], abs=5 * few["error"])
+    assert all_of_them["error"] < few["error"]
 
 
 def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,12 +227,14 @@ def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: py
     evaluate.main(cell, EVALUATE)
     assert published[0] == published[1]
     scores = json.loads(published[0])
-    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid"}
+    bits = {"bits_per_dim", "bits_of_prior", "bits_of_steps", "bits_of_decoder"}
+    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid", *bits}
+    assert scores["bits_per_dim"]["value"] == pytest.approx(sum(scores[name]["value"] for name in bits - {"bits_per_dim"}))
     assert [point["trained_images"] for point in scores["over_training"]] == [25, 50, 75, 100]
     floors = read_json(paths.scores("reference", "bars"))["sets"]["50"]
     assert all(point["fid"]["floor"] == floors["fid"]["value"] for point in scores["over_training"])
     assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5}
     assert scores["fast"]["scored"]
     assert not scores["ancestral"]["scored"]
-    for name in ("fid", "class_tv", "accuracy", "confident", "confident_ratio"):
+    for name in ("fid", "class_tv", "precision", "recall", "accuracy", "confident", "confident_ratio"):
         assert scores["fast"][name].keys() == {"value", "error", "floor"}

@@ -126,7 +126,7 @@ def test_mlflow_holds_the_cell(tree: Path) -> None:
     history = client.get_metric_history(run.info.run_id, "train_loss")
     assert [point.step for point in history] == [int(line.split(",")[0]) for line in lines[1:]]
     found = {item.path for name in ("samples", "data", "images") for item in client.list_artifacts(run.info.run_id, name)}
-    assert {"samples/grid.png", "samples/denoising.gif", "data/dataset.json"} <= found
+    assert {"samples/grid.png", "samples/chain.png", "samples/denoising.gif", "data/dataset.json"} <= found
     previews = sorted(int(path.split("+")[2]) for path in found if path.endswith(".webp"))
     assert previews == [0, *(point.step for point in history)]
     scored = client.get_metric_history(run.info.run_id, "snapshot_fid")

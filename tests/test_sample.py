@@ -21,19 +21,22 @@ def options(tmp_path, monkeypatch):
     paths.prepared("toy").mkdir(parents=True)
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"images_per_class": {"test": [2, 1, 1]}}))
     return params.Sample(
-        images=10, ancestral_images=5, snapshot_images=6, guidance=0.3, guidance_interval=[-4.0, 4.0], precision="fp32", chunk=4,
-        fast=params.FastSampler(sampler="ddim", steps=4, eta=0.0), ancestral=params.AncestralSampler(sampler="ddpm"),
+        images=10, ancestral_images=5, snapshot_images=6, guidance=0.3, guidance_interval=[-4.0, 4.0], clip_x0=True,
+        precision="fp32", chunk=4,
+        fast=params.FastSampler(sampler="ddim", spacing="trailing", steps=4, eta=0.0),
+        ancestral=params.AncestralSampler(sampler="ddpm", variance="posterior"),
     )  # fmt: skip
 
 
-def save_network(conditional):
+def save_network(conditional, zero_terminal_snr=False):
     """Weights that do something."""
     torch.manual_seed(0)
     network = NETWORK | {"conditional": conditional}
     net = UNet(size=8, num_classes=3, **network)
     for weights in net.parameters():
         torch.nn.init.normal_(weights, std=0.2)
-    about = {"images": 64, "size": 8, "num_classes": 3, "network": network, "diffusion": {"prediction": "v", "reference_size": 8}}
+    diffusion = {"prediction": "v", "reference_size": 8, "zero_terminal_snr": zero_terminal_snr}
+    about = {"images": 64, "size": 8, "num_classes": 3, "network": network, "diffusion": diffusion}
     for name in ("ema-25", "ema-50", "ema-75", "ema"):
         checkpoint.save_tensors(paths.weights(str(CELL)) / f"{name}.safetensors", net.state_dict(), **about)
 
@@ -59,6 +62,29 @@ def test_writes_both_sets_a_grid_and_an_animation(options):
     folder = paths.samples(str(CELL))
     assert Image.open(folder / "grid.png").size == ((10 * 9 + 1) * 2, (3 * 9 + 1) * 2)
     assert Image.open(folder / "denoising.gif").n_frames == 12
+    assert Image.open(folder / "chain.png").size == ((10 * 9 + 1) * 2, (8 * 9 + 1) * 2)  # x_t and x0_hat of four images
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "evaluations"), [("dpm_solver_pp_2m", "trailing", 4), ("heun", "karras", 7), ("ddpm", "linspace", 4)]
+)
+def test_any_sampler_draws_the_fast_set(options, sampler, spacing, evaluations, zero_terminal_snr):
+    if zero_terminal_snr and sampler == "heun":
+        pytest.skip("refused: sigma is infinite there")
+    save_network(conditional=True, zero_terminal_snr=zero_terminal_snr)
+    fast = params.FastSampler(sampler=sampler, spacing=spacing, steps=4, eta=0.0)
+    sample.main(CELL, options.model_copy(update={"fast": fast, "guidance": 0.0}))
+    images, how = drawn("fast")
+    assert (how["sampler"], how["spacing"], how["network_evaluations"]) == (sampler, spacing, evaluations)
+    assert images["images"].float().std() > 1
+
+
+def test_x0_may_be_left_unclipped(options):
+    sample.main(CELL, options)
+    clipped, _ = drawn("ancestral")
+    sample.main(CELL, options.model_copy(update={"clip_x0": False}))
+    assert not torch.equal(drawn("ancestral")[0]["images"], clipped["images"])
 
 
 @pytest.mark.parametrize("name", ["fast", "ancestral"])
@@ -103,7 +129,7 @@ def test_the_number_of_cores_does_not_change_a_bit(options):
             sets.append([path.read_bytes() for path in sorted(paths.samples(str(CELL)).iterdir())])
     finally:
         torch.set_num_threads(threads)
-    assert len(sets[0]) == 5
+    assert len(sets[0]) == 6
     assert sets[0] == sets[1]
 
 

@@ -28,11 +28,12 @@ def sections(tmp_path, monkeypatch):
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"class_names": ["a", "b"]}))
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
-        "images": 64, "batch": 8, "lr": 1e-3, "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
+        "images": 64, "batch": 8, "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None,
+        "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
     return (
-        params.Diffusion(prediction="v", reference_size=8),
+        params.Diffusion(prediction="v", weighting="simple", reference_size=8, zero_terminal_snr=False),
         params.Network(**network, conditional=True),
         params.Train(**options),
         params.Runtime(experiment="test", checkpoint_seconds=0.0),
@@ -94,7 +95,7 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     assert [point["step"] for point in measured["by_step"]] == [2, 4, 6, 8]
     net, about = checkpoint.load_network(folder / "ema.safetensors")
     assert about["cell"] == str(CELL)
-    assert about["diffusion"] == {"prediction": "v", "reference_size": 8}
+    assert about["diffusion"]["prediction"] == "v"
     assert not net.training
 
 

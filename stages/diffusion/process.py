@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Prediction = Literal["eps", "x0", "v"]
+Weighting = Literal["simple", "min_snr", "variational"]
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
@@ -82,3 +83,29 @@ def x0_and_eps(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_bar: T
     if prediction == "x0":
         return output, (x_t - signal * output) / noise
     return (x_t - noise * output) / signal, output
+
+
+def loss_weights(weighting: Weighting, prediction: Prediction, alpha_bar: Tensor) -> Tensor:
+    """What the mean squared error of a prediction counts for at each t, (T,) float64.
+
+    simple: 1, on whatever is predicted.
+    min_snr: min(SNR, 5) on the error of x0: the nearly clean images, easy and many, do not outweigh the others.
+    variational: the mean over t of the weighted errors is the bound on the negative log-likelihood in nats per pixel, but for
+        its constants: T / 2 (SNR of the t before - SNR) on the error of x0; at t = 0 the decoder, a Gaussian of variance
+        1 - alpha_bar.
+
+    Args:
+        alpha_bar: (T,) float64 of the whole schedule, in [0, 1).
+
+    Source: Ho et al. 2020, eq. (12) and (14); Hang et al. 2023 (min-SNR), section 3.3; Kingma et al. 2021 (VDM), eq. (13).
+    """
+    if weighting == "simple":
+        return torch.ones_like(alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    if weighting == "min_snr":
+        of_x0 = snr.clamp(max=5)
+    else:
+        before = torch.cat([1 / (1 - alpha_bar[:1]) + snr[:1], snr[:-1]])
+        of_x0 = len(alpha_bar) / 2 * (before - snr)
+    # One error seen three ways: |v - v_hat|^2 = (SNR + 1) |x0 - x0_hat|^2 and |eps - eps_hat|^2 = SNR |x0 - x0_hat|^2.
+    return of_x0 / {"x0": torch.ones_like(snr), "v": snr + 1, "eps": snr}[prediction]

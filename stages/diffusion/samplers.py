@@ -1,11 +1,14 @@
-"""Samplers: from noise to images along a chain of noise levels. One signature, one function each.
+"""Samplers: from noise to images along a path of noise levels. One signature, one function each.
 
-A sampler yields (t, x, x0_hat) after each step: x is where the chain now stands, x0_hat what it believed on the way; the last
-x is the sample. It knows the network only as a denoiser, which returns x0_hat at a noise level.
+A path is (S + 1,) float64 of rising alpha_bar: where the chain starts, and where each of its S steps ends; 1, no noise, for
+images. A sampler yields (x, x0_hat) after each step: x is where the chain now stands, x0_hat what it believed on the way; the
+last x is the sample. It knows the network only as a denoiser, which returns x0_hat at any noise level.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,45 +19,34 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t, alpha_bar): x_t (B, C, H, W) and its noise level, 0-d float64, to x0_hat shaped like x_t."""
 
 Noise = Callable[[int], Tensor]
-"""Standard normal noise shaped like x, for the step that leaves t."""
+"""Standard normal noise shaped like x, for the step that has so many steps after it: in a full chain, the one that leaves t."""
 
-Steps = Iterator[tuple[int, Tensor, Tensor]]
-
-
-def spaced_timesteps(T: int, steps: int) -> list[int]:
-    """`steps` indices out of 0..T-1, falling, evenly spaced, beginning with T - 1 ("trailing").
-
-    Source: Lin et al. 2023, table 2: a chain that skips T - 1 starts from noise that it does not know.
-
-    >>> spaced_timesteps(10, 4)
-    [9, 7, 4, 2]
-    """
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps = {steps} must lie in 1..{T}, the number of timesteps")
-    return [-(-T * k // steps) - 1 for k in range(steps, 0, -1)]
+Steps = Iterator[tuple[Tensor, Tensor]]
 
 
-def ddpm(denoise: Denoiser, x: Tensor, alpha_bar: Tensor, timesteps: list[int], noise: Noise, *, eta: float = 1.0) -> Steps:
-    """Ancestral sampling: each step draws from the posterior q(x_prev | x_t, x0_hat), the last one without noise.
+def ddpm(
+    denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise, *, variance: Literal["posterior", "beta"] = "posterior"
+) -> Steps:
+    """Ancestral sampling: each step draws from p(x_prev | x_t) around the mean of q(x_prev | x_t, x0_hat); the last has no noise.
 
     Args:
         denoise: see Denoiser.
         x: (B, C, H, W) standard normal.
-        alpha_bar: (T,) float64 of the whole schedule.
-        timesteps: falling indices into it; the posterior spans the gaps.
+        path: see above; a step may span several of those that the schedule has.
         noise: see Noise.
-        eta: scales the standard deviation; 1 is the posterior's own.
+        variance: of a step: that of the posterior, or beta, which suits long chains alone.
 
-    Source: Ho et al. 2020, algorithm 2 with the variance of eq. (7) ("fixed small").
+    Source: Ho et al. 2020, algorithm 2; the variances are the two of section 3.2.
     """
-    for t, a, a_prev in _transitions(alpha_bar, timesteps):
+    for after, a, a_next in _steps(path):
         x0_hat = denoise(x, a)
-        mean, variance = q_posterior(x0_hat, x, a, a_prev)
-        x = mean if a_prev == 1 else mean + eta * float(variance.sqrt()) * noise(t)
-        yield t, x, x0_hat
+        mean, posterior = q_posterior(x0_hat, x, a, a_next)
+        drawn = posterior if variance == "posterior" else 1 - a / a_next
+        x = mean if a_next == 1 else mean + float(drawn.sqrt()) * noise(after)
+        yield x, x0_hat
 
 
-def ddim(denoise: Denoiser, x: Tensor, alpha_bar: Tensor, timesteps: list[int], noise: Noise, *, eta: float = 0.0) -> Steps:
+def ddim(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise, *, eta: float = 0.0) -> Steps:
     """DDIM: the same marginals with as much fresh noise as `eta` says: 0 is deterministic, 1 that of the posterior.
 
     eps_hat is derived from x0_hat, so that a clipped x0_hat and its eps_hat still add up to x_t.
@@ -63,35 +55,161 @@ def ddim(denoise: Denoiser, x: Tensor, alpha_bar: Tensor, timesteps: list[int], 
 
     Source: Song et al. 2021, eq. (12) and (16).
     """
-    for t, a, a_prev in _transitions(alpha_bar, timesteps):
+    for after, a, a_next in _steps(path):
         x0_hat = denoise(x, a)
-        eps_hat = (x - float(a.sqrt()) * x0_hat) / float((1 - a).sqrt())
-        sigma2 = eta**2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-        x = float(a_prev.sqrt()) * x0_hat + float((1 - a_prev - sigma2).sqrt()) * eps_hat
+        sigma2 = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+        x = float(a_next.sqrt()) * x0_hat + float((1 - a_next - sigma2).sqrt()) * _eps(x, x0_hat, a)
         if sigma2 > 0:
-            x = x + float(sigma2.sqrt()) * noise(t)
-        yield t, x, x0_hat
+            x = x + float(sigma2.sqrt()) * noise(after)
+        yield x, x0_hat
 
 
-SAMPLERS: dict[str, Callable[..., Steps]] = {"ddpm": ddpm, "ddim": ddim}
+def dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -> Steps:
+    """DPM-Solver++ (2M): second order in log-SNR from the x0_hat of this step and of the one before, one evaluation a step.
+
+    The first step has none before it, and one that ends without noise is infinitely long: both are of first order, as DDIM.
+
+    Args: as for ddpm; no noise is asked for.
+
+    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
+    """
+    x0_before, h_before = None, torch.tensor(math.inf, dtype=torch.float64)
+    for _, a, a_next in _steps(path):
+        x0_hat = denoise(x, a)
+        h = (logsnr(a_next) - logsnr(a)) / 2
+        ahead = x0_hat
+        if x0_before is not None and a_next < 1:
+            ahead = x0_hat + float(h / (2 * h_before)) * (x0_hat - x0_before)
+        ratio = ((1 - a_next) / (1 - a)).sqrt()
+        x = float(ratio) * x + float(a_next.sqrt() - ratio * a.sqrt()) * ahead
+        x0_before, h_before = x0_hat, h
+        yield x, x0_hat
 
 
-def _transitions(alpha_bar: Tensor, timesteps: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(t, alpha_bar at t, alpha_bar where the step ends); the last step ends at 1, without noise."""
-    levels = [alpha_bar[t] for t in timesteps]
-    yield from zip(timesteps, levels, [*levels[1:], torch.ones_like(alpha_bar[0])], strict=True)
+def heun(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -> Steps:
+    """Heun's method in sigma = sqrt(1 / SNR), as in EDM without its churn: two evaluations a step, one where it ends without noise.
+
+    A step is DDIM's, then corrected by how eps_hat changed across it.
+
+    Args: as for ddpm; no noise is asked for.
+
+    Raises:
+        ValueError: the path starts at alpha_bar = 0, where sigma is infinite.
+
+    Source: Karras et al. 2022 (EDM), algorithm 1.
+    """
+    if path[0] == 0:
+        raise ValueError("'heun' cannot start at a zero SNR, where sigma is infinite; use another sampler")
+    for _, a, a_next in _steps(path):
+        x0_hat = denoise(x, a)
+        eps_hat = _eps(x, x0_hat, a)
+        x = float(a_next.sqrt()) * x0_hat + float((1 - a_next).sqrt()) * eps_hat
+        if a_next < 1:
+            change = _eps(x, denoise(x, a_next), a_next) - eps_hat
+            x = x + float((1 - a_next).sqrt() - (a_next * (1 - a) / a).sqrt()) / 2 * change
+        yield x, x0_hat
 
 
-def clipped_denoiser(
+SAMPLERS: dict[str, Callable[..., Steps]] = {"ddpm": ddpm, "ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m, "heun": heun}
+
+
+def trailing(alpha_bar: Tensor, steps: int) -> Tensor:
+    """Every T / steps-th level, counted from T - 1, which is the first: 9, 7, 4, 2 for 4 of 10.
+
+    Source: Lin et al. 2023, table 2: a chain that skips T - 1 starts from noise that it does not know.
+    """
+    T = len(alpha_bar)
+    return alpha_bar[[-(-T * k // steps) - 1 for k in range(steps, 0, -1)]]
+
+
+def leading(alpha_bar: Tensor, steps: int) -> Tensor:
+    """Every (T // steps)-th level, counted from 0, which is the last; T - 1 is left out: 6, 4, 2, 0 for 4 of 10.
+
+    Source: the spacing of Song et al. 2021's code.
+    """
+    return alpha_bar[[len(alpha_bar) // steps * k for k in range(steps - 1, -1, -1)]]
+
+
+def linspace(alpha_bar: Tensor, steps: int) -> Tensor:
+    """Evenly spaced levels from T - 1 to 0, both included: 9, 6, 3, 0 for 4 of 10.
+
+    Source: the spacing of Nichol & Dhariwal 2021's code.
+    """
+    return alpha_bar[torch.linspace(len(alpha_bar) - 1, 0, steps, dtype=torch.float64).round().long()]
+
+
+def even_logsnr(alpha_bar: Tensor, steps: int) -> Tensor:
+    """Levels between those of the schedule, from its noisiest to its cleanest, evenly spaced in log-SNR.
+
+    Source: Lu et al. 2022 (DPM-Solver), section 3.4.
+    """
+    first, last = _ends(alpha_bar)
+    return torch.sigmoid(torch.linspace(first, last, steps, dtype=torch.float64, device=alpha_bar.device))
+
+
+def karras(alpha_bar: Tensor, steps: int) -> Tensor:
+    """Levels between those of the schedule, from its noisiest to its cleanest, evenly spaced in sigma^(1/7), sigma^2 = 1 / SNR.
+
+    Source: Karras et al. 2022 (EDM), eq. (5) with rho = 7.
+    """
+    first, last = (math.exp(-level / 14) for level in _ends(alpha_bar))
+    root = torch.linspace(first, last, steps, dtype=torch.float64, device=alpha_bar.device)
+    return 1 / (1 + root**14)
+
+
+SPACINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "trailing": trailing,
+    "leading": leading,
+    "linspace": linspace,
+    "even_logsnr": even_logsnr,
+    "karras": karras,
+}
+
+
+def spaced(alpha_bar: Tensor, steps: int, spacing: str) -> Tensor:
+    """The path of a chain of so many steps to an image.
+
+    Args:
+        alpha_bar: (T,) float64 of the whole schedule.
+        steps: 1..T.
+        spacing: of SPACINGS.
+
+    Raises:
+        ValueError: more steps than T, or none; a spacing in log-SNR or sigma on a schedule that ends at a zero SNR.
+    """
+    if not 1 <= steps <= len(alpha_bar):
+        raise ValueError(f"steps = {steps} must lie in 1..{len(alpha_bar)}, the number of timesteps")
+    return torch.cat([SPACINGS[spacing](alpha_bar, steps), torch.ones_like(alpha_bar[:1])])
+
+
+def _ends(alpha_bar: Tensor) -> tuple[float, float]:
+    first, last = logsnr(alpha_bar[[-1, 0]]).tolist()
+    if first == -math.inf:
+        raise ValueError("spacings in log-SNR or sigma need a schedule that ends above a zero SNR; use 'trailing'")
+    return first, last
+
+
+def _steps(path: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(steps after it, alpha_bar where it starts, alpha_bar where it ends) of each step."""
+    for i, (a, a_next) in enumerate(itertools.pairwise(path)):
+        yield len(path) - 2 - i, a, a_next
+
+
+def _eps(x: Tensor, x0_hat: Tensor, alpha_bar: Tensor) -> Tensor:
+    return (x - float(alpha_bar.sqrt()) * x0_hat) / float((1 - alpha_bar).sqrt())
+
+
+def denoiser(
     net: Callable[[Tensor, Tensor, Tensor], Tensor],
     prediction: Prediction,
     y: Tensor,
     *,
     unlabelled: int,
-    guidance: float,
+    guidance: float = 0.0,
     guidance_interval: tuple[float, float] = (-math.inf, math.inf),
+    clip: bool = True,
 ) -> Denoiser:
-    """The denoiser of a network: classifier-free guidance towards the labels y, x0_hat clipped to [-1, 1].
+    """The denoiser of a network, with classifier-free guidance towards the labels y.
 
     Args:
         net: (x_t, logsnr, y) -> what it predicts.
@@ -99,6 +217,7 @@ def clipped_denoiser(
         unlabelled: the label that means "not told".
         guidance: w in output(y) + w (output(y) - output(unlabelled)); 0 is exactly the conditional model, in one evaluation.
         guidance_interval: log-SNR, lowest and highest, between which guidance acts; outside it w is 0.
+        clip: x0_hat to [-1, 1], where images are.
 
     Source: Ho & Salimans 2022, eq. (6); the interval, Kynkäänniemi et al. 2024.
     """
@@ -113,6 +232,6 @@ def clipped_denoiser(
             told, untold = net(torch.cat([x, x]), logsnr(torch.cat([a, a])), both).chunk(2)
             output = told + guidance * (told - untold)
         x0_hat, _ = x0_and_eps(prediction, output.to(x.dtype), x, a)
-        return x0_hat.clamp(-1, 1)
+        return x0_hat.clamp(-1, 1) if clip else x0_hat
 
     return denoise

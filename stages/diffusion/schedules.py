@@ -46,27 +46,70 @@ def cosine(T: int) -> Alphas:
     """
     _check(T)
     s = 0.008
-    f = np.cos((np.arange(T + 1, dtype=np.float64) / T + s) / (1 + s) * np.pi / 2) ** 2
-    return _alpha_bar(np.minimum(1 - f[1:] / f[:-1], 0.999))
+    return _following(np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2)
 
 
-SCHEDULES: dict[str, Callable[[int], Alphas]] = {"linear": linear, "linear_unscaled": linear_unscaled, "cosine": cosine}
+def sigmoid(T: int) -> Alphas:
+    """alpha_bar, (T,) float64, following a sigmoid from -3 to 3 at temperature 1, betas clipped at 0.999.
+
+    Source: Jabri et al. 2022, algorithm 1 ("sigmoid_schedule"). The schedule of this name in other code may be another one,
+    whose betas follow a sigmoid.
+    """
+    _check(T)
+    start, end = -3.0, 3.0
+    falling = expit(end) - expit(start + np.arange(T + 1) / T * (end - start))
+    return _following(falling)
 
 
-def noise_levels(name: str, T: int, *, size: int, reference_size: int) -> Alphas:
-    """alpha_bar, (T,) float64, of a schedule for images of `size` pixels a side."""
-    return np.asarray(expit(logit(SCHEDULES[name](T)) + logsnr_shift(size, reference_size)))
+SCHEDULES: dict[str, Callable[[int], Alphas]] = {
+    "linear": linear,
+    "linear_unscaled": linear_unscaled,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+}
 
 
-def logsnr_shift(size: int, reference_size: int) -> float:
+def noise_levels(name: str, T: int, *, size: int, reference_size: int | None, zero_terminal_snr: bool = False) -> Alphas:
+    """alpha_bar, (T,) float64, of a schedule for images of `size` pixels a side, in [0, 1)."""
+    alpha_bar = SCHEDULES[name](T)
+    if zero_terminal_snr:
+        alpha_bar = without_signal_at_the_end(alpha_bar)
+    with np.errstate(divide="ignore"):  # the log-SNR of nothing is -inf, which the shift leaves there
+        return np.asarray(expit(logit(alpha_bar) + logsnr_shift(size, reference_size)))
+
+
+def without_signal_at_the_end(alpha_bar: Alphas) -> Alphas:
+    """alpha_bar, (T,) float64, moved and stretched so that its last value is exactly 0 and its first one stays.
+
+    Then training sees what sampling starts from. There x_t says nothing of x0, so a prediction of eps says nothing either.
+
+    Raises:
+        ValueError: T = 1, whose only value cannot do both.
+
+    Source: Lin et al. 2023, algorithm 1.
+    """
+    if len(alpha_bar) < 2:
+        raise ValueError("a zero terminal SNR needs T of at least 2")
+    root = np.sqrt(alpha_bar)
+    return np.asarray(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
+
+
+def logsnr_shift(size: int, reference_size: int | None) -> float:
     """What turns a log-SNR meant for images of `reference_size` pixels a side into one for `size`: 2 log(reference_size / size).
+
+    Without a reference size it is 0.
 
     In a larger image neighbouring pixels say the same and average the noise away, so the same SNR hides less; the shift makes
     up for it, and training spends its time where structure is decided.
 
     Source: Hoogeboom et al. 2023 (simple diffusion), section 3.1.
     """
-    return 2 * math.log(reference_size / size)
+    return 2 * math.log(reference_size / size) if reference_size else 0.0
+
+
+def _following(signal: Alphas) -> Alphas:
+    """alpha_bar of the betas that lead from each of T + 1 falling values to the next, none above 0.999."""
+    return _alpha_bar(np.minimum(1 - signal[1:] / signal[:-1], 0.999))
 
 
 def _alpha_bar(beta: Alphas) -> Alphas:

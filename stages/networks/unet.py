@@ -77,7 +77,7 @@ class UNet(nn.Module):
 
         Args:
             x_t: (B, 1, H, W) float32.
-            logsnr: (B,) float, the noise level of each image.
+            logsnr: (B,) float, the noise level of each image; beyond +-30 it is told as +-30.
             y: (B,) int64 labels; num_classes where the label is withheld.
         """
         told = self._waves(logsnr)  # (B, 2 base_channels)
@@ -102,7 +102,7 @@ class UNet(nn.Module):
         return h[..., p // 2 : p // 2 + size, p // 2 : p // 2 + size]
 
     def _waves(self, logsnr: Tensor) -> Tensor:
-        angles = logsnr.float()[:, None] * self.frequencies  # (B, base_channels)
+        angles = logsnr.float().clamp(-30, 30)[:, None] * self.frequencies  # (B, base_channels)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

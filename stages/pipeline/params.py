@@ -114,7 +114,18 @@ class Diffusion(Section):
     """Choices of the process that training and sampling share."""
 
     prediction: Literal["eps", "x0", "v"]
-    reference_size: Count
+    weighting: Literal["simple", "min_snr", "variational"]
+    reference_size: Count | None
+    zero_terminal_snr: bool
+
+    @model_validator(mode="after")
+    def _eps_says_something(self) -> "Diffusion":
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "zero_terminal_snr = True cannot go with prediction = 'eps': at a zero SNR, eps says nothing of x0; "
+                "use prediction: v or x0"
+            )
+        return self
 
 
 class Network(Section):
@@ -142,12 +153,14 @@ class Train(Section):
 
     images: Phases
     batch: Count
+    optimizer: Literal["muon", "adam"]
     lr: Positive
+    halve_lr_every: Count | None
     warmup_images: Annotated[int, Field(ge=0)]
     grad_clip: Positive
     label_dropout: Fraction
     precision: Precision
-    ema_halflife: Annotated[float, Field(gt=0, le=1)]
+    ema_halflife: Fraction
     validation_images: Count
     curve_points: Count
     deterministic: bool
@@ -164,15 +177,23 @@ class Train(Section):
 class FastSampler(Section):
     """The sampler of the headline score: the same number of evaluations in every cell."""
 
-    sampler: Literal["ddpm", "ddim"]
+    sampler: Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun"]
+    spacing: Literal["trailing", "leading", "linspace", "even_logsnr", "karras"]
     steps: Count
     eta: Fraction
+
+    @model_validator(mode="after")
+    def _eta_is_of_ddim(self) -> "FastSampler":
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta = {self.eta:g} is an option of ddim alone; with sampler = {self.sampler!r} it must be 0")
+        return self
 
 
 class AncestralSampler(Section):
     """The sampler that takes all T steps."""
 
     sampler: Literal["ddpm"]
+    variance: Literal["posterior", "beta"]
 
 
 class Sample(Section):
@@ -183,6 +204,7 @@ class Sample(Section):
     snapshot_images: Count
     guidance: NonNegative
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+    clip_x0: bool
     precision: Precision
     chunk: Count
     fast: FastSampler
@@ -246,6 +268,19 @@ class Params(Section):
                 f"sample.fast.steps = {self.sample.fast.steps} must be at most the smallest of sweep.timesteps "
                 f"({min(self.sweep.timesteps)})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _zero_terminal_snr_fits(self) -> "Params":
+        if self.diffusion.zero_terminal_snr:
+            fast = self.sample.fast
+            if fast.sampler == "heun" or fast.spacing in ("even_logsnr", "karras"):
+                raise ValueError(
+                    f"diffusion.zero_terminal_snr = True cannot go with sample.fast.sampler = {fast.sampler!r} and "
+                    f"sample.fast.spacing = {fast.spacing!r}: sigma is infinite there; use another sampler, spacing: trailing"
+                )
+            if min(self.sweep.timesteps) < 2:
+                raise ValueError("diffusion.zero_terminal_snr = True needs sweep.timesteps of at least 2")
         return self
 
     @model_validator(mode="after")

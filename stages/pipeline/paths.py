@@ -34,7 +34,7 @@ def weights(cell: str) -> Path:
 
 
 def samples(cell: str) -> Path:
-    """Folder of fast.safetensors, ancestral.safetensors, grid.png and denoising.gif."""
+    """Folder of the three sets of samples, grid.png, chain.png and denoising.gif."""
     return Path("samples") / cell
 
 

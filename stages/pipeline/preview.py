@@ -6,7 +6,7 @@ from torch import Tensor
 from stages.datasets.images import to_uint8
 from stages.diffusion import noise
 from stages.diffusion.process import Prediction
-from stages.diffusion.samplers import clipped_denoiser, ddim, spaced_timesteps
+from stages.diffusion.samplers import ddim, denoiser, spaced
 from stages.networks.unet import UNet
 from stages.pipeline.figures import Pixels, grid
 
@@ -17,7 +17,7 @@ def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor, *, 
     index = torch.arange(rows * columns, device=alpha_bar.device)
     y = index * net.num_classes // len(index)
     T = len(alpha_bar)
-    denoise = clipped_denoiser(net, prediction, y, unlabelled=net.num_classes, guidance=0)
+    denoise = denoiser(net, prediction, y, unlabelled=net.num_classes)
     x_T = noise.gaussian(0, index, T, (1, size, size))
-    *_, (_, x, _) = ddim(denoise, x_T, alpha_bar, spaced_timesteps(T, min(12, T)), lambda _: x_T)  # eta is 0: no noise is used
+    *_, (x, _) = ddim(denoise, x_T, spaced(alpha_bar, min(12, T), "trailing"), lambda _: x_T)  # eta is 0: no noise is used
     return grid(to_uint8(x).cpu().numpy(), columns, scale=2)

@@ -21,7 +21,7 @@ _COLUMNS = (
     ("floor", "fid_floor", ".4g"),
     ("acc", "accuracy", ".1%"),
     ("sure", "confident", ".1%"),
-    ("eps-MSE", "eps_mse", ".4f"),
+    ("bits/dim", "bits_per_dim", ".3f"),
     ("train", "train_seconds", ".0f"),
     ("fast", "fast_seconds_per_image", ".3f"),
     ("all T", "ancestral_seconds_per_image", ".3f"),
@@ -29,7 +29,7 @@ _COLUMNS = (
 _LEGEND = """\
 FID of the fast set and its error; floor: the same for as many real images. acc: share of samples that
 the classifier gives the label they were drawn for; sure: share it gives any label with at least 0.9
-confidence. train: seconds; fast, all T: seconds per image with few steps and with all T."""
+confidence. bits/dim: variational bound. train: seconds; fast, all T: seconds per image with few steps and with all T."""
 
 
 def row(cell: Cell) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class _Record:
 
 def _read(tree: Tree, cell: Cell) -> _Record:
     drawn, previews = paths.samples(str(cell)), paths.weights(str(cell)) / "previews"
-    files = [(drawn / "grid.png", "samples"), (drawn / "denoising.gif", "samples")]
+    files = [(drawn / name, "samples") for name in ("grid.png", "chain.png", "denoising.gif")]
     files += [(path, "data") for path in sorted(paths.data_figures(cell.dataset).glob("*.png"))]
     files += [(paths.prepared(cell.dataset) / "dataset.json", "data")]
     numbers = {name: value for name, value in results.row(cell).items() if name not in results.IDENTITY}

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from stages.diffusion.process import alpha_bar_of, logsnr, q_posterior, q_sample, target, x0_and_eps
+from stages.diffusion.process import alpha_bar_of, logsnr, loss_weights, q_posterior, q_sample, target, x0_and_eps
 from stages.diffusion.schedules import SCHEDULES
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -70,3 +70,35 @@ def test_logsnr_there_and_back():
     levels = torch.linspace(-12, 12, 25, dtype=torch.float64)
     torch.testing.assert_close(logsnr(alpha_bar_of(levels)), levels, rtol=1e-9, atol=1e-9)
     assert logsnr(torch.tensor([0.5])).item() == 0
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "variational"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_weighted_errors_agree_across_predictions(weighting, prediction):
+    """A wrong x0_hat is a wrong eps_hat and a wrong v_hat: weighted, the three errors are one number."""
+    alpha_bar = torch.from_numpy(SCHEDULES["cosine"](50))
+    x0, eps, wrong = normal(50, 1, 4, 4), normal(50, 1, 4, 4, seed=1), normal(50, 1, 4, 4, seed=2)
+    a = alpha_bar.reshape(-1, 1, 1, 1)
+    x_t = q_sample(x0, alpha_bar, eps)
+    eps_of_wrong = (x_t - a.sqrt() * wrong) / (1 - a).sqrt()
+    outputs = {"x0": wrong, "eps": eps_of_wrong, "v": a.sqrt() * eps_of_wrong - (1 - a).sqrt() * wrong}
+
+    def weighted(prediction, weights):
+        return weights * (outputs[prediction] - target(prediction, x0, eps, alpha_bar)).square().mean(dim=(1, 2, 3))
+
+    expected = loss_weights(weighting, "x0", alpha_bar) * (wrong - x0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(weighted(prediction, loss_weights(weighting, prediction, alpha_bar)), expected, rtol=1e-7, atol=0)
+    # Known-bad: the weights of another prediction.
+    other = {"eps": "v", "v": "x0", "x0": "eps"}[prediction]
+    assert not torch.allclose(weighted(prediction, loss_weights(weighting, other, alpha_bar)), expected, rtol=0.01)
+
+
+def test_min_snr_weights_are_the_published_ones():
+    snr = torch.tensor([50.0, 5.0, 0.2], dtype=torch.float64)
+    published = {"eps": [0.1, 1, 1], "x0": [5, 5, 0.2], "v": [5 / 51, 5 / 6, 0.2 / 1.2]}
+    for prediction, weights in published.items():
+        assert loss_weights("min_snr", prediction, snr / (1 + snr)).tolist() == pytest.approx(weights, rel=1e-12)
+
+
+def test_simple_is_the_error_as_it_is():
+    assert loss_weights("simple", "eps", torch.tensor([0.9, 0.1], dtype=torch.float64)).tolist() == [1, 1]

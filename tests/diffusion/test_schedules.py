@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stages.diffusion.schedules import SCHEDULES, cosine, linear, noise_levels
+from stages.diffusion.schedules import SCHEDULES, cosine, linear, noise_levels, sigmoid, without_signal_at_the_end
 
 TS = (25, 100, 200, 1000)
 
@@ -36,6 +36,7 @@ def test_values_are_frozen():
         "linear": [0.999, 0.0741969967, 2.03900898e-05],
         "linear_unscaled": [0.9999, 0.777180083, 0.363563248],
         "cosine": [0.999368718, 0.49384359, 2.42857228e-07],
+        "sigmoid": [0.996922714, 0.5, 3.07728596e-06],
     }
     for name, values in pinned.items():
         alpha_bar = SCHEDULES[name](100)
@@ -70,3 +71,33 @@ def test_shift_for_size_multiplies_the_snr(name):
     np.testing.assert_allclose(shifted / (1 - shifted), plain / (1 - plain) * (28 / 64) ** 2, rtol=1e-12)
     np.testing.assert_allclose(noise_levels(name, 100, size=28, reference_size=28), plain, rtol=1e-15)
     assert (np.diff(shifted) < 0).all()
+
+
+def test_sigmoid_follows_the_published_formula_until_its_last_beta_is_clipped():
+    u = np.arange(1, 101) / 100
+    falling = (1 / (1 + np.exp(-3.0)) - 1 / (1 + np.exp(3 - 6 * u))) / (1 / (1 + np.exp(-3.0)) - 1 / (1 + np.exp(3.0)))
+    np.testing.assert_allclose(sigmoid(100)[:-1], falling[:-1], rtol=1e-10)
+    assert falling[-1] == pytest.approx(0, abs=1e-12)
+    assert sigmoid(100)[-1] == pytest.approx(sigmoid(100)[-2] * 0.001, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("T", TS)
+def test_zero_terminal_snr_keeps_the_first_level_and_ends_at_0(name, T):
+    before = SCHEDULES[name](T)
+    after = without_signal_at_the_end(before)
+    assert after[0] == pytest.approx(before[0], rel=1e-12)
+    assert after[-1] == 0
+    assert (np.diff(after) < 0).all()
+    shifted = noise_levels(name, T, size=64, reference_size=28, zero_terminal_snr=True)
+    assert shifted[-1] == 0
+    assert (np.diff(shifted) < 0).all()
+
+
+def test_zero_terminal_snr_of_a_single_step_is_refused():
+    with pytest.raises(ValueError, match="T of at least 2"):
+        without_signal_at_the_end(cosine(1))
+
+
+def test_without_a_reference_size_nothing_is_shifted():
+    np.testing.assert_allclose(noise_levels("cosine", 50, size=64, reference_size=None), cosine(50), rtol=1e-15)

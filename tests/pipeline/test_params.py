@@ -75,6 +75,8 @@ def test_the_projects_own_parameters_are_valid(tmp_path: Path) -> None:
         ("train.label_dropout", 0.0, ["sample.guidance = 1.5", "train.label_dropout > 0", "sample.guidance: 0"]),
         ("sample.guidance_interval", [2.0, -4.0], ["sample: guidance_interval = [2.0, -4.0]", "rising"]),
         ("sample.guidance_interval", [2.0], ["sample.guidance_interval = [2.0]", "at least 2"]),
+        ("sample.fast.spacing", "quadratic", ["sample.fast.spacing = 'quadratic'", "trailing"]),
+        ("diffusion.weighting", "snr", ["diffusion.weighting = 'snr'", "min_snr"]),
         ("data.mnist.size", 32, ["data.mnist.size = 32", "28"]),
         ("data.mnist.reader", "idx", ["data.mnist", "mnist", "glyphs"]),
         ("network.attention_levels", [2], ["network", "attention_levels = [2]", "0..1"]),
@@ -86,6 +88,25 @@ def test_a_mistake_is_refused_by_key_value_and_what_is_allowed(tmp_path: Path, d
     path = write(tmp_path, changed(dotted, value))
     with pytest.raises(UserError, match=re.escape(f"{path}: ")) as refused:
         params.load(path)
+    for words in says:
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"fast": {"sampler": "heun", "eta": 0.5}}, ["sample.fast: eta = 0.5", "ddim alone", "'heun'"]),
+        ({"diffusion": {"zero_terminal_snr": True, "prediction": "eps"}}, ["zero_terminal_snr = True", "'eps'", "v or x0"]),
+        ({"diffusion": {"zero_terminal_snr": True}, "fast": {"spacing": "karras"}}, ["zero_terminal_snr = True", "'karras'"]),
+        ({"diffusion": {"zero_terminal_snr": True}, "fast": {"sampler": "heun"}}, ["zero_terminal_snr = True", "'heun'"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], says: list[str]) -> None:
+    values = copy.deepcopy(VALID)
+    values["diffusion"] |= changes.get("diffusion", {})
+    values["sample"]["fast"] |= {"eta": 0.0} | changes.get("fast", {})
+    with pytest.raises(UserError) as refused:
+        params.load(write(tmp_path, values))
     for words in says:
         assert words in str(refused.value)
 

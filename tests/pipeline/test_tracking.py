@@ -59,7 +59,8 @@ def make_files(cell: Cell, fid: float = 20.0) -> None:
     write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
     write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
     write(paths.prepared(cell.dataset) / "dataset.json", "{}")
-    figures.save_png(paths.samples(str(cell)) / "grid.png", np.zeros((4, 4), np.uint8))
+    for name in ("grid.png", "chain.png"):
+        figures.save_png(paths.samples(str(cell)) / name, np.zeros((4, 4), np.uint8))
     write(paths.samples(str(cell)) / "denoising.gif", "")
 
 
