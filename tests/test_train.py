@@ -153,6 +153,30 @@ def test_learning_rate_warms_up_and_ends_near_zero(sections):
     assert 0 < rates[-1] < 0.05 * options.lr
 
 
+def test_learning_rate_may_be_halved_every_so_many_images(sections):
+    options = sections[2].model_copy(update={"halve_lr_every": 16, "warmup_images": 0})  # two steps of 8
+    rates = [train.learning_rate(step, 8, options) / options.lr for step in range(1, 9)]
+    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+
+
+def test_the_original_recipe_trains_without_an_average_under_adam(sections):
+    diffusion, network, options, runtime = sections
+    options = options.model_copy(update={"optimizer": "adam", "halve_lr_every": 32, "ema_halflife": 0.0, "label_dropout": 0.0})
+    network = network.model_copy(update={"conditional": False})
+    train.main(CELL, diffusion.model_copy(update={"prediction": "eps"}), network, options, runtime)
+    average, raw = (checkpoint.load_tensors(paths.weights(str(CELL)) / f"{name}.safetensors")[0] for name in ("ema", "raw"))
+    assert all(torch.equal(average[name], raw[name]) for name in raw)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "variational"])
+def test_a_weighting_changes_what_is_learnt(sections, weighting):
+    train.main(CELL, *sections)
+    simple = bits(paths.weights(str(CELL)))
+    diffusion = sections[0].model_copy(update={"weighting": weighting, "zero_terminal_snr": True})
+    train.main(CELL, diffusion, *sections[1:])
+    assert bits(paths.weights(str(CELL)))["ema.safetensors"] != simple["ema.safetensors"]
+
+
 @pytest.mark.parametrize("last", [1, 2, 4, 7])
 def test_killed_training_goes_on_to_the_bits_of_an_unbroken_one(sections, killed_at, last):
     train.main(CELL, *sections)
