@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stages import UserError
 from stages.datasets.images import to_float
-from stages.diffusion.likelihood import decoder_nll, prior_kl, step_kl
+from stages.diffusion.likelihood import decoder_nll, prior_kl, step_chances, step_kl
 from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample, x0_and_eps
 from stages.diffusion.schedules import noise_levels
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
@@ -114,12 +114,17 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
     table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], **how))
 
-    # Draw k of an image takes its t from the k-th part of 0..T-1: the same fraction of T in cells of different T.
-    random_t = []
-    for k in range(evaluate.draws):
-        u = (torch.randperm(wanted, generator=rng) + torch.rand(wanted, generator=rng, dtype=torch.float64)) / wanted
-        random_t.append(((k + u) / evaluate.draws * cell.T).long())
-    levels = [table[t] for t in random_t]
+    # Draw k of an image takes its u from the k-th part of [0, 1): the same fraction of the chain in cells of different T.
+    def stratified() -> Tensor:
+        u = [
+            (torch.randperm(wanted, generator=rng) + torch.rand(wanted, generator=rng, dtype=torch.float64)) / wanted for _ in draws
+        ]
+        return torch.stack([(k + part) / len(draws) for k, part in zip(draws, u, strict=True)])
+
+    draws = range(evaluate.draws)
+    chance = step_chances(table)
+    bound_t = torch.searchsorted(chance.cumsum(0), stratified(), right=True).clamp(max=cell.T - 1)
+    levels = [*table[(stratified() * cell.T).long()], *table[bound_t]]
     levels += [alpha_bar_of(torch.full((wanted,), level)) for level in evaluate.logsnr]
     levels.append(table[:1].expand(wanted))
     bar = progress(levels, total=len(levels), unit="level", label="losses")
@@ -130,15 +135,15 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
         eps_errors.append(eps_error)
     on_grid = [
         {"logsnr": level, "x0_mse": _mean(x0_errors[k]), "eps_mse": _mean(eps_errors[k])}
-        for k, level in enumerate(evaluate.logsnr, start=evaluate.draws)
+        for k, level in enumerate(evaluate.logsnr, start=2 * len(draws))
     ]
 
     # The bound: the decoder stands for t = 0, which counts for nothing among the steps. Draws of one image are no new images.
-    before = torch.cat([table[:1], table[:-1]])
-    steps = torch.stack([step_kl(x0_errors[k], table[t], before[t]) for k, t in enumerate(random_t)]).mean(0) * cell.T
+    drawn = zip(x0_errors[len(draws) :], bound_t, strict=False)
+    steps = torch.stack([step_kl(error, table[t], table[t - 1]) / chance[t] for error, t in drawn]).mean(0)
     parts = {"prior": prior_kl(x0, table[-1]), "steps": steps, "decoder": decoder_nll(x0, x0_hat, alpha_bar)}
     return {
-        "eps_mse": _mean(torch.stack(eps_errors[: evaluate.draws]).mean(0)),
+        "eps_mse": _mean(torch.stack(eps_errors[: len(draws)]).mean(0)),
         "bits_per_dim": _mean(sum(parts.values(), torch.zeros(())) / math.log(2)),
         **{f"bits_of_{name}": _mean(nats / math.log(2)) for name, nats in parts.items()},
         "logsnr_grid": on_grid,

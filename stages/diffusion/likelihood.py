@@ -42,6 +42,19 @@ def step_kl(x0_error: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tens
     return 0.5 * gained * x0_error
 
 
+def step_chances(alpha_bar: Tensor) -> Tensor:
+    """How often to draw each t so that the sum of step_kl over t has a small Monte Carlo error: (T,) float64, sum 1, 0 at t = 0.
+
+    In proportion to the step_kl of a standard normal x0, whose best x0_hat errs by 1 / (1 + SNR) = 1 - alpha_bar.
+
+    Args:
+        alpha_bar: (T,) float64, falling.
+    """
+    gained = torch.log1p(-alpha_bar)
+    chance = torch.cat([gained[:1] * 0, gained[1:] - gained[:-1]])
+    return chance / chance.sum()
+
+
 def decoder_nll(x0: Tensor, x0_hat: Tensor, alpha_bar: Tensor) -> Tensor:
     """Minus the log-probability of the true values under a Gaussian around x0_hat of variance 1 - alpha_bar, cut into 256 bins.
 
