@@ -1,0 +1,143 @@
+"""What samples cost and what they gain, measured on finished cells.
+
+    python benchmarks/sampling.py guidance mnist-cosine-200-0 persian_glyphs-cosine-200-0
+    python benchmarks/sampling.py evaluations mnist-cosine-1000-0
+
+guidance: precision, recall and FID over its strength, on the interval of params.yaml or on the whole chain.
+evaluations: FID over the network evaluations of each sampler, beside that of all T steps of ancestral sampling.
+Writes NAME.csv and NAME.png to docs/studies/NAME and prints one JSON line.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from stages.evaluate import score_set  # noqa: E402
+from stages.fidelity.frechet import Gaussian  # noqa: E402
+from stages.pipeline import figures, params, paths  # noqa: E402
+from stages.pipeline.checkpoint import load_classifier, load_tensors  # noqa: E402
+from stages.pipeline.stage import read_json  # noqa: E402
+from stages.sample import Chain, How, class_sequence  # noqa: E402
+
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+WHOLE_CHAIN = [-100.0, 100.0]
+EVALUATIONS = (5, 8, 12, 20, 35, 60, 100)
+SAMPLERS = {
+    "ddpm, trailing": ("ddpm", "trailing", {"variance": "posterior"}),
+    "ddim, trailing": ("ddim", "trailing", {"eta": 0.0}),
+    "ddim, even log-SNR": ("ddim", "even_logsnr", {"eta": 0.0}),
+    "dpm_solver_pp_2m, trailing": ("dpm_solver_pp_2m", "trailing", {}),
+    "dpm_solver_pp_2m, even log-SNR": ("dpm_solver_pp_2m", "even_logsnr", {}),
+    "heun, karras": ("heun", "karras", {}),
+}
+PARTS = {"": "value", "_error": "error", "_floor": "floor"}
+
+Rows = list[dict[str, Any]]
+
+
+class Drawer:
+    """Draws and scores sets of one cell."""
+
+    def __init__(self, name: str) -> None:
+        self.params = params.load()
+        self.cell = params.find_cell(self.params, name)
+        dataset = self.cell.dataset
+        self.reference, about = load_tensors(paths.reference(dataset))
+        self.real = Gaussian(self.reference["mean"].numpy(), self.reference["cov"].numpy(), about["images"])
+        self.floors, self.classifier = read_json(paths.scores("reference", dataset)), load_classifier(paths.extractor(dataset))
+        self.counts = read_json(paths.prepared(dataset) / "dataset.json")["images_per_class"]["test"]
+
+    def row(self, how: How, n: int, **changes: Any) -> dict[str, Any]:
+        """Network evaluations for each image and the scores of n of them, with some keys of `sample` changed."""
+        chain = Chain(
+            self.cell, self.params.sample.model_copy(update=changes), paths.weights(str(self.cell)) / "ema.safetensors", self.counts
+        )
+        images, _, evaluations = chain.draw(n, how, label=f"{self.cell} {how[0]} {how[2]} {changes}")
+        drawn = {"images": images, "labels": class_sequence(torch.arange(n), self.counts)}
+        scores = score_set(
+            self.classifier, self.real, self.reference["features"], self.floors, drawn, self.params.evaluate.min_scored
+        )
+        names = ("precision", "recall", "fid", "accuracy")
+        flat = {f"{name}{part}": scores[name][key] for name in names for part, key in PARTS.items()}
+        return {"cell": str(self.cell), "images": n, "evaluations": evaluations} | flat
+
+
+def guidance(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
+    """A row for each strength and part of the chain; a panel for each cell."""
+    rows, panels = [], {}
+    for name in cells:
+        drawer = Drawer(name)
+        fast = drawer.params.sample.fast
+        how: How = (fast.sampler, fast.spacing, fast.steps, {"eta": fast.eta} if fast.sampler == "ddim" else {})
+        parts = {"interval": drawer.params.sample.guidance_interval, "whole chain": WHOLE_CHAIN}
+        of_cell = [
+            {"guided": part, "guidance": strength}
+            | drawer.row(how, drawer.params.sample.images, guidance=strength, guidance_interval=interval)
+            for part, interval in parts.items()
+            for strength in STRENGTHS
+        ]
+        rows += of_cell
+        panels[name] = []
+        for score in ("precision", "recall"):
+            panels[name] += [
+                _line(f"{score}, {part}", [row for row in of_cell if row["guided"] == part], "guidance", score) for part in parts
+            ]
+            floor = of_cell[0][f"{score}_floor"]
+            panels[name].append(figures.Line(f"{score} of real images", STRENGTHS, [floor] * len(STRENGTHS), reference=True))
+    return rows, {"panels": panels, "x": "guidance", "y": "share"}
+
+
+def evaluations(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
+    """A row for each sampler and number of evaluations, without guidance, and one for all T ancestral steps."""
+    rows, panels = [], {}
+    for name in cells:
+        drawer = Drawer(name)
+        n, T = drawer.params.sample.snapshot_images, drawer.cell.T
+        all_steps = {"sampler": f"ddpm, all {T}"} | drawer.row(("ddpm", "trailing", T, {"variance": "posterior"}), n, guidance=0.0)
+        of_cell = [
+            {"sampler": label}
+            | drawer.row((sampler, spacing, steps // 2 if sampler == "heun" else steps, options), n, guidance=0.0)
+            for label, (sampler, spacing, options) in SAMPLERS.items()
+            for steps in EVALUATIONS
+            if steps <= T
+        ]
+        rows += [all_steps, *of_cell]
+        lines = [_line(label, [row for row in of_cell if row["sampler"] == label], "evaluations", "fid") for label in SAMPLERS]
+        ends = [min(EVALUATIONS), max(EVALUATIONS)]
+        panels[name] = [*lines, figures.Line(all_steps["sampler"], ends, [all_steps["fid"]] * 2, reference=True)]
+    ticks = list(EVALUATIONS)
+    return rows, {"panels": panels, "x": "network evaluations an image", "y": "FID", "log_x": ticks, "log_y": True}
+
+
+def _line(label: str, rows: Rows, x: str, y: str) -> figures.Line:
+    xs, ys, errors = ([row[key] for row in rows] for key in (x, y, f"{y}_error"))
+    return figures.Line(label, xs, ys, errors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    studies = {"guidance": guidance, "evaluations": evaluations}
+    parser.add_argument("study", choices=studies)
+    parser.add_argument("cells", nargs="+")
+    args = parser.parse_args()
+    rows, figure = studies[args.study](args.cells)
+    folder = ROOT / "docs" / "studies" / args.study
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{args.study}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+    figures.save_lines(folder / f"{args.study}.png", figure.pop("panels"), **figure)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
