@@ -8,7 +8,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help repro test test-all lint ui sync experiments profile prune lock
+.PHONY: help repro test test-all lint ui sync experiments profile cards prune lock
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +40,9 @@ profile: $(VENV)/.installed ## merge profiles/NAME.yaml into params.yaml: make p
 
 experiments: $(VENV)/.installed ## the experiments of `dvc exp run`, each with what it changed and its scores
 	@$(ENTER) dvc exp show --only-changed --no-pager --drop '^(data|models|samples|stages|metrics/(evaluate|reference|timing|train))'
+
+cards: $(VENV)/.installed ## write the card of every prepared dataset into data/README.md
+	@$(ENTER) python -m stages.pipeline.cards
 
 prune: $(VENV)/.installed ## list the files of cells that are no longer in the sweep; YES=1 removes them
 	@$(ENTER) python -m stages.pipeline.plan prune $(if $(YES),--yes)

@@ -10,49 +10,61 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages import UserError
+from stages.datasets import readers
 from stages.datasets.images import to_float, to_uint8
-from stages.datasets.readers import READERS
 from stages.diffusion.process import q_sample
 from stages.diffusion.schedules import SCHEDULES
 from stages.pipeline import figures, params, paths, stage
 from stages.pipeline.checkpoint import save_tensors
 
 EXAMPLES = 10  # images of each class in samples.png, and noise levels in noising.png
+CHUNK = 4096  # images whose pixels are counted at a time
 TALLEST = 1500  # pixels; classes stand side by side rather than make samples.png higher
 
 
 def main(dataset: str, data: params.DataSection) -> None:
     """Write the prepared folder and the figures, each whole or not at all."""
-    reader, raw = READERS[data.reader], paths.raw(dataset)
-    (train, y_train), (test, y_test), class_names = reader.read(raw, **data.model_dump(exclude={"reader"}))
+    raw, options = paths.raw(dataset), data.model_dump()
+    try:
+        found = readers.read(raw, options)
+    except UserError as error:
+        raise UserError(f"data.{dataset}: {error}") from None
+    (train, y_train), (test, y_test) = found.train, found.test
+    classes = len(found.class_names)
     mean, std = mean_and_std(train)
     about = {
         "reader": data.reader,
-        "synthetic": reader.synthetic,
-        "licence": reader.licence,
-        "source_sha256": {file.name: _sha256(file) for file in sorted(raw.iterdir())},
+        "synthetic": readers.is_synthetic(options),
+        "licence": readers.licence(options),
+        "source_sha256": {str(file.relative_to(raw)): _sha256(file) for file in sorted(raw.rglob("*")) if file.is_file()},
         "size": data.size,
-        "class_names": class_names,
+        "class_names": found.class_names,
         "images": {"train": len(train), "test": len(test)},
         "images_per_class": {
-            "train": y_train.bincount(minlength=len(class_names)).tolist(),
-            "test": y_test.bincount(minlength=len(class_names)).tolist(),
+            "train": y_train.bincount(minlength=classes).tolist(),
+            "test": y_test.bincount(minlength=classes).tolist(),
         },
         "pixel_mean": mean,
         "pixel_std": std,
+        **found.report,
     }
+    splits = {"train": {"images": train, "labels": y_train}, "test": {"images": test, "labels": y_test}}
+    if found.sources:
+        splits["train"]["sources"], splits["test"]["sources"] = found.sources
     with stage.whole_folder(paths.prepared(dataset)) as folder:
-        save_tensors(folder / "train.safetensors", {"images": train, "labels": y_train})
-        save_tensors(folder / "test.safetensors", {"images": test, "labels": y_test})
+        for name, tensors in splits.items():
+            save_tensors(folder / f"{name}.safetensors", tensors)
         stage.write_json(folder / "dataset.json", about)
     with stage.whole_folder(paths.data_figures(dataset)) as folder:
-        figures.save_png(folder / "samples.png", samples(train, y_train, len(class_names)))
+        figures.save_png(folder / "samples.png", samples(train, y_train, classes))
         figures.save_png(folder / "noising.png", noising(train[0]))
 
 
 def mean_and_std(images: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of all pixels in [-1, 1], float64, from how often each of the 256 values occurs."""
-    share = images.flatten().bincount(minlength=256).double() / images.numel()
+    counts = sum(chunk.flatten().bincount(minlength=256) for chunk in images.split(CHUNK))  # widened to int64 on the way
+    share = torch.as_tensor(counts).double() / images.numel()
     values = to_float(torch.arange(256, dtype=torch.uint8)).double()
     mean = (share * values).sum()
     return mean.item(), (share * (values - mean) ** 2).sum().sqrt().item()
@@ -63,7 +75,7 @@ def samples(images: Tensor, labels: Tensor, classes: int) -> figures.Pixels:
     height = images.shape[-1] + 1
     picked = torch.full((classes, EXAMPLES, *images.shape[1:]), 128, dtype=torch.uint8)
     for y in range(classes):
-        found = images[labels == y][:EXAMPLES]
+        found = images[(labels == y).nonzero()[:EXAMPLES, 0]]
         picked[y, : len(found)] = found
     side_by_side = -(-classes * height // TALLEST)
     scale = max(1, TALLEST // 2 // (-(-classes // side_by_side) * height))

@@ -2,6 +2,9 @@ import re
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
+from stages.pipeline import params
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[(`?)([^\]`]+)`?\]\(([^)#\s]+)\)")
@@ -27,3 +30,13 @@ def test_the_student_page_links_every_schedule_and_sampler():
 
     linked = {name for name, _, _ in links(ROOT / "docs" / "ddpm.md")}
     assert {*SCHEDULES, *SAMPLERS} <= linked
+
+
+def test_the_section_for_ones_own_images_is_valid_and_short() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "folder" in text)
+    values = params.read_yaml(ROOT / "params.yaml")
+    values["data"] |= YAML(typ="safe", pure=True).load(block)["data"]
+    values["sweep"]["datasets"] = ["my_letters"]
+    assert params.Params.model_validate(values).data["my_letters"].reader == "folder"
+    assert len(block.splitlines()) <= 1 + 5

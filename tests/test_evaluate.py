@@ -78,6 +78,41 @@ def score(drawn: dict[str, Tensor], min_scored: int = 50) -> dict[str, Any]:
     return evaluate.score_set(load_classifier(paths.extractor("bars")), real, tensors["features"], floors, drawn, min_scored)
 
 
+def test_images_without_labels_are_told_apart_by_how_they_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split, n in (("train", 2 * N + 50), ("test", 120)):
+        drawn = bars(n, seed=n)
+        save_tensors(paths.prepared("flat") / f"{split}.safetensors", {"images": drawn["images"], "labels": drawn["labels"] * 0})
+    write_json(paths.prepared("flat") / "dataset.json", {"class_names": ["unlabelled"]})
+    extractor.main("flat", EXTRACTOR)
+    reference.main("flat", N, N // 4)
+    images = bars(N, seed=7)["images"]
+    labels = torch.zeros(N, dtype=torch.int64)
+    tensors, about = load_tensors(paths.reference("flat"))
+    real, floors = (
+        Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"]),
+        read_json(paths.scores("reference", "flat")),
+    )
+    net = load_classifier(paths.extractor("flat"))
+    upright, turned = (
+        evaluate.score_set(net, real, tensors["features"], floors, {"images": x, "labels": labels}, 50)
+        for x in (images, images.rot90(1, (2, 3)))
+    )
+    assert floors["class_frequencies"] == [1.0, 0.0, 0.0, 0.0]
+    # A bar above the middle looks like one below it turned by half: of the four ways, two are told apart for sure.
+    assert upright["accuracy"]["value"] > 0.4
+    assert turned["accuracy"]["value"] < 0.1
+    assert turned["fid"]["value"] > 10 * upright["fid"]["value"]
+
+
+def test_turned_images_come_with_the_number_of_right_angles() -> None:
+    images = torch.arange(8 * 9, dtype=torch.uint8).reshape(8, 1, 3, 3)
+    found = extractor.turned(images)
+    assert found["labels"].tolist() == [0, 1, 2, 3] * 2
+    for image, before, turns in zip(found["images"], images, found["labels"].tolist(), strict=True):
+        assert torch.equal(image, before.rot90(turns, (1, 2)))
+
+
 def test_extractor_learns_and_repeats_itself(tree: Path) -> None:
     scores = read_json(paths.scores("extractor", "bars"))
     assert scores["accuracy"]["value"] > 0.95

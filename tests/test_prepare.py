@@ -1,6 +1,7 @@
 """The prepare stage: tensors, what is said of them, and pictures; for every reader, on small data."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from stages import prepare
-from stages.datasets import glyphs, mnist
+from stages.datasets import glyphs, mnist, readers
 from stages.datasets.images import to_float
 from stages.datasets.readers import READERS
 from stages.diffusion.schedules import SCHEDULES
@@ -16,25 +17,51 @@ from stages.pipeline import params, paths
 from stages.pipeline.checkpoint import load_tensors
 from stages.pipeline.stage import read_json
 
-SECTIONS = {
+LOOK = {"licence": "mine", "size": 16, "invert": False, "pad": True, "test_share": 0.5, "seed": 0, "strict": False}
+SECTIONS: dict[str, params.DataSection] = {
     "mnist": params.MnistData(reader="mnist", size=28, path=None),
     "glyphs": params.GlyphsData(reader="glyphs", size=16, train_images=90, test_images=43, seed=0),
+    "hoda": params.HodaData(reader="hoda", path="hoda", size=16, test_share=0.5, seed=0),
+    "archive": params.ArchiveData(reader="archive", path="archive", url=None, drive=None, sha256=None, **LOOK),
+    "folder": params.FolderData(reader="folder", path="folder", **LOOK),
 }
+SECTIONS["mix"] = params.MixData(reader="mix", of={"one": SECTIONS["glyphs"], "two": SECTIONS["folder"]})
 
 
 def idx(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
+def images(n: int, size: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, size, size), np.uint8)
+
+
+def pictures(root: Path, name: str) -> None:
+    """Thirty files, each in the place and under the name that `name` makes of its label and number."""
+    for i, image in enumerate(images(30)):
+        file = root / name.format(label=i % 3, i=i)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+
+
+def cdb(n: int) -> bytes:
+    """Hoda digits of 2 x 8 pixels: half of a row is paper, half is ink, at different places."""
+    labels = [i % 10 for i in range(n)]
+    counts = np.bincount(labels, minlength=128).astype("<u4").tobytes()
+    header = bytes((0, 0, 1, 1, 0, 0)) + n.to_bytes(4, "little") + counts
+    runs = [bytes((1 + i // 10 % 7, 7 - i // 10 % 7)) * 2 for i in range(n)]
+    return header.ljust(1024, b"\0") + b"".join(
+        bytes((255, y, 8, 2)) + len(row).to_bytes(2, "little") + row for y, row in zip(labels, runs, strict=True)
+    )
+
+
 @pytest.fixture(params=list(READERS))
 def reader(request, tmp_path, monkeypatch) -> str:
     """Each reader in turn, with small raw data in place."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(glyphs, "FONT_PACKAGES", {"fontpkg-almarai": r"Almarai-Bold\.ttf"})
     raw = paths.raw(request.param)
     raw.mkdir(parents=True)
-    if request.param == "glyphs":
-        monkeypatch.setattr(glyphs, "FONT_PACKAGES", {"fontpkg-almarai": r"Almarai-Bold\.ttf"})
-        glyphs.fetch(raw)
     if request.param == "mnist":
         rng = np.random.default_rng(0)
         for split, n in (("train", 30), ("t10k", 12)):
@@ -42,6 +69,12 @@ def reader(request, tmp_path, monkeypatch) -> str:
             (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 9, n)))  # no nine
         table = {file.name: mnist.Published(file.stat().st_size, digest(file)) for file in raw.iterdir()}
         monkeypatch.setattr(mnist, "FILES", table)
+        return request.param
+    pictures(tmp_path / "archive", "below/{label}.{i}.png")
+    pictures(tmp_path / "folder", "{label}/{i}.png")
+    (tmp_path / "hoda").mkdir()
+    (tmp_path / "hoda/some.cdb").write_bytes(cdb(60))
+    readers.fetch(raw, SECTIONS[request.param].model_dump())
     return request.param
 
 
@@ -61,17 +94,19 @@ def test_prepared_tensors_and_what_is_said_of_them(reader):
     folder = paths.prepared(reader)
     assert {file.name for file in folder.iterdir()} == {"train.safetensors", "test.safetensors", "dataset.json"}
     about = read_json(folder / "dataset.json")
-    assert set(about) == {
+    assert set(about) - {"dropped_files", "of"} == {
         *("reader", "synthetic", "licence", "source_sha256", "size", "class_names"),
-        *("images", "images_per_class", "pixel_mean", "pixel_std"),
+        *("images", "images_per_class", "pixel_mean", "pixel_std", "split", "dropped", "duplicates"),
     }, "no date, host, path or route"
     assert about["reader"] == reader
-    assert about["synthetic"] == (reader == "glyphs")
-    assert about["source_sha256"] == {file.name: digest(file) for file in paths.raw(reader).iterdir()}
+    assert about["synthetic"] == (reader in ("glyphs", "mix"))
+    raw = paths.raw(reader)
+    files = [file for file in raw.rglob("*") if file.is_file()]
+    assert about["source_sha256"] == {str(file.relative_to(raw)): digest(file) for file in files}
     for split in ("train", "test"):
         tensors, _ = load_tensors(folder / f"{split}.safetensors")
         images, labels = tensors["images"], tensors["labels"]
-        assert set(tensors) == {"images", "labels"}
+        assert set(tensors) == {"images", "labels"} | ({"sources"} if reader == "mix" else set())
         assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
         assert images.shape == (about["images"][split], 1, about["size"], about["size"])
         assert labels.shape == images.shape[:1]
@@ -135,4 +170,3 @@ def test_nothing_of_the_machine_is_said(reader, tmp_path):
     prepare.main(reader, SECTIONS[reader])
     text = (paths.prepared(reader) / "dataset.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
-    assert "/" not in text

@@ -24,6 +24,7 @@ from scipy.ndimage import center_of_mass, distance_transform_edt, label
 from torch import Tensor
 
 from stages import UserError
+from stages.datasets.splits import Dataset, published
 
 LICENCE = "pen strokes of this repository, and fonts under the SIL Open Font License 1.1 and the Bitstream Vera (DejaVu) licence"
 CLASS_NAMES = list("۰۱۲۳۴۵۶۷۸۹ابپتثجچحخدذرزژسشصضطظعغفقکگلمنوهی")
@@ -239,10 +240,8 @@ def fetch(folder: Path, **_: object) -> None:
                 archive.writestr(zipfile.ZipInfo(f"{package}/{name}", (1980, 1, 1, 0, 0, 0)), path.read_bytes())
 
 
-def read(
-    folder: Path, *, size: int, train_images: int, test_images: int, seed: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
-    """(images, labels) of the train split, of the test split, and the class names: the characters.
+def read(folder: Path, *, size: int, train_images: int, test_images: int, seed: int) -> Dataset:
+    """A train split, a test split, and the class names: the characters.
 
     Image i of a split depends on (seed, split, i) alone and is by a hand of its own. Every block of 42 images holds each class
     once, shuffled.
@@ -256,7 +255,7 @@ def read(
     fields, forms = _load_fields(folder / "fonts.zip")
     train = _draw_split(fields, forms, size, train_images, seed, 0)
     test = _draw_split(fields, forms, size, test_images, seed, 1)
-    return train, test, CLASS_NAMES
+    return published(train, test, CLASS_NAMES)
 
 
 def _package_files(package: str, pattern: str) -> dict[str, Path]:

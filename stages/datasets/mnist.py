@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stages import UserError
+from stages.datasets.splits import Dataset, published
 
 LICENCE = "CC BY-SA 3.0, Yann LeCun and Corinna Cortes"
 CLASS_NAMES = list("0123456789")
@@ -60,8 +61,8 @@ def fetch(folder: Path, *, path: str | None, **_: object) -> None:
         (folder / name).write_bytes(content)
 
 
-def read(folder: Path, **_: object) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
-    """(images, labels) of the train split, of the test split, and the class names.
+def read(folder: Path, **_: object) -> Dataset:
+    """The published train and test split.
 
     Returns:
         images: (N, 1, 28, 28) uint8, light ink on black; labels: (N,) int64 in 0..9.
@@ -69,7 +70,7 @@ def read(folder: Path, **_: object) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
     Raises:
         UserError: a file is missing, malformed or not the published one.
     """
-    return _split(folder, "train"), _split(folder, "t10k"), CLASS_NAMES
+    return published(_split(folder, "train"), _split(folder, "t10k"), CLASS_NAMES)
 
 
 def _split(folder: Path, name: str) -> tuple[Tensor, Tensor]:

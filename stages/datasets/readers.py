@@ -1,13 +1,18 @@
-"""The readers of datasets by name: what `data.NAME.reader` in params.yaml may say."""
+"""The readers of datasets by name: what `data.NAME.reader` in params.yaml may say. And `mix`, which is made of others."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
 
-from stages.datasets import glyphs, mnist
+from stages import UserError
+from stages.datasets import archive, folder, glyphs, hoda, mnist
+from stages.datasets.splits import Dataset, Split, published
 
-Split = tuple[Tensor, Tensor]  # images (N, 1, H, W) uint8, labels (N,) int64
+Options = dict[str, Any]
+"""A section of params.yaml: data."""
 
 
 class Reader(NamedTuple):
@@ -15,14 +20,83 @@ class Reader(NamedTuple):
 
     fetch: Callable[..., None]
     """fetch(folder, **options) fills an empty folder with the raw files."""
-    read: Callable[..., tuple[Split, Split, list[str]]]
-    """read(folder, **options): the train split, the test split and the class names, all from the raw files."""
-    licence: str
-    synthetic: bool
+    read: Callable[..., Dataset]
+    """read(folder, **options): the content of the dataset, from the raw files alone."""
+    licence: str | None = None
+    """Of the images; None where the option `licence` tells it."""
+    synthetic: bool = False
     """True: drawn by a program, nobody's handwriting."""
 
 
+def fetch(raw: Path, options: Options) -> None:
+    """Fill an empty folder with the raw files of a dataset. Raises UserError when they are not to be had."""
+    READERS[options["reader"]].fetch(raw, **_without_reader(options))
+
+
+def read(raw: Path, options: Options) -> Dataset:
+    """The content of a dataset. Raises UserError when its raw files are missing or wrong."""
+    return READERS[options["reader"]].read(raw, **_without_reader(options))
+
+
+def licence(options: Options) -> str:
+    """The licence of the images; of a mix, all of them by name."""
+    if "of" in options:
+        return "; ".join(f"{name}: {licence(part)}" for name, part in options["of"].items())
+    return READERS[options["reader"]].licence or str(options["licence"])
+
+
+def is_synthetic(options: Options) -> bool:
+    """Whether a program drew the images, or some of them."""
+    return any(map(is_synthetic, options["of"].values())) if "of" in options else READERS[options["reader"]].synthetic
+
+
+def _fetch_mix(raw: Path, *, of: dict[str, Options]) -> None:
+    for name, options in of.items():
+        (raw / name).mkdir()
+        with _told_of(name):
+            fetch(raw / name, options)
+
+
+def _read_mix(raw: Path, *, of: dict[str, Options]) -> Dataset:
+    """All datasets as one. Classes of one name are one class; an image that one tests on and another trains on is tested on."""
+    class_names: list[str] = []
+    parts: list[Dataset] = []
+    for name, options in of.items():
+        with _told_of(name):
+            parts.append(read(raw / name, options))
+        class_names += [y for y in parts[-1].class_names if y not in class_names]
+
+    def joined(splits: list[Split]) -> Split:
+        numbers = [torch.tensor([class_names.index(y) for y in part.class_names]) for part in parts]
+        labels = [number[y] for number, (_, y) in zip(numbers, splits, strict=True)]
+        return torch.cat([images for images, _ in splits]), torch.cat(labels)
+
+    def origin(splits: list[Split]) -> torch.Tensor:
+        return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(labels) for _, labels in splits]))
+
+    trains, tests = [part.train for part in parts], [part.test for part in parts]
+    mixed = published(joined(trains), joined(tests), class_names, sources=(origin(trains), origin(tests)))
+    return mixed._replace(report=mixed.report | {"split": "of each", "of": {n: p.report for n, p in zip(of, parts, strict=True)}})
+
+
+@contextlib.contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """Name the part of a mix that an error is of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"of.{name}: {error}") from None
+
+
+def _without_reader(options: Options) -> Options:
+    return {name: value for name, value in options.items() if name != "reader"}
+
+
 READERS: dict[str, Reader] = {
-    "mnist": Reader(mnist.fetch, mnist.read, mnist.LICENCE, synthetic=False),
+    "mnist": Reader(mnist.fetch, mnist.read, mnist.LICENCE),
     "glyphs": Reader(glyphs.fetch, glyphs.read, glyphs.LICENCE, synthetic=True),
+    "hoda": Reader(hoda.fetch, hoda.read, hoda.LICENCE),
+    "archive": Reader(archive.fetch, archive.read),
+    "folder": Reader(folder.fetch, folder.read),
+    "mix": Reader(_fetch_mix, _read_mix),
 }

@@ -32,6 +32,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 def _as_phases(value: Any) -> Any:
@@ -98,7 +99,74 @@ class GlyphsData(Section):
     seed: Seed
 
 
-DataSection = Annotated[MnistData | GlyphsData, Field(discriminator="reader")]
+class _Pictures(Section):
+    """What is common to readers of image files."""
+
+    licence: Text
+    size: Annotated[int, Field(ge=8, le=512)]
+    invert: bool
+    pad: bool
+    test_share: Annotated[float, Field(gt=0, lt=1)]
+    seed: Seed
+    strict: bool
+
+
+class ArchiveData(_Pictures):
+    """Image files named LABEL.anything.png, in a zip or a folder; from a path, a URL or a Google Drive id."""
+
+    reader: Literal["archive"]
+    path: Text | None
+    url: Annotated[str, StringConstraints(pattern="^https?://")] | None
+    drive: Text | None
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] | None
+
+    @model_validator(mode="after")
+    def _one_way_and_checked(self) -> "ArchiveData":
+        if sum(way is not None for way in (self.path, self.url, self.drive)) > 1:
+            raise ValueError("only one of path, url and drive can be given; set the others to null")
+        if (self.url or self.drive) and not self.sha256:
+            raise ValueError("what is downloaded needs its sha256, which whoever publishes it tells; 64 hexadecimal digits")
+        return self
+
+
+class FolderData(_Pictures):
+    """A folder of images: a sub-folder for each class, or flat and without labels."""
+
+    reader: Literal["folder"]
+    path: Text
+
+
+class HodaData(Section):
+    """The .cdb files of the Hoda digits."""
+
+    reader: Literal["hoda"]
+    path: Text | None
+    size: Annotated[int, Field(ge=16, le=256)]
+    test_share: Annotated[float, Field(gt=0, lt=1)]
+    seed: Seed
+
+
+class MixData(Section):
+    """Several datasets as one; classes of one name become one class."""
+
+    reader: Literal["mix"]
+    of: Annotated[dict[DatasetName, "PlainSection"], Field(min_length=2)]
+
+    @property
+    def size(self) -> int:
+        """Pixels a side, the same in all of them."""
+        return next(iter(self.of.values())).size
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "MixData":
+        sizes = {name: section.size for name, section in self.of.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"all datasets of a mix need one size, not {', '.join(f'{n}: {s}' for n, s in sizes.items())}")
+        return self
+
+
+PlainSection = Annotated[MnistData | GlyphsData | HodaData | ArchiveData | FolderData, Field(discriminator="reader")]
+DataSection = Annotated[MnistData | GlyphsData | HodaData | ArchiveData | FolderData | MixData, Field(discriminator="reader")]
 
 
 class Extractor(Section):
@@ -237,7 +305,7 @@ class Evaluate(Section):
 class Runtime(Section):
     """What cannot change a result."""
 
-    experiment: Annotated[str, StringConstraints(min_length=1)]
+    experiment: Text
     checkpoint_seconds: NonNegative
 
 
@@ -259,6 +327,10 @@ class Params(Section):
         for name in self.sweep.datasets:
             if name not in self.data:
                 raise ValueError(f"sweep.datasets names {name!r}, which is no section of data; there are: {', '.join(self.data)}")
+            for key, section in _parts(f"data.{name}", self.data[name]):
+                ways = {"hoda": ["path"], "archive": ["path", "url", "drive"]}.get(section.reader, [])
+                if ways and not any(getattr(section, way) for way in ways):
+                    raise ValueError(f"{key}: say where its files are, in {' or '.join(ways)}")
         return self
 
     @model_validator(mode="after")
@@ -291,6 +363,15 @@ class Params(Section):
                 "set sample.guidance: 0"
             )
         return self
+
+
+def _parts(key: str, section: DataSection) -> Iterator[tuple[str, Any]]:
+    """The dotted key and the section of a dataset, or of each of those that a mix is made of."""
+    if isinstance(section, MixData):
+        for name, part in section.of.items():
+            yield from _parts(f"{key}.of.{name}", part)
+    else:
+        yield key, section
 
 
 @dataclass(frozen=True)
@@ -371,7 +452,7 @@ def read_yaml(path: Path) -> Any:
 def _explain(error: Any) -> str:
     """One line: the dotted key, what it holds, what is allowed."""
     loc = error["loc"]
-    key = ".".join(str(part) for part in (loc[:2] + loc[3:] if loc[0:1] == ("data",) else loc))
+    key = ".".join(str(part) for part in _without_readers(loc))
     if error["type"] == "extra_forbidden":
         return f"{key} is not a known key; known here: {', '.join(_section_at(loc[:-1]).model_fields)}"
     if error["type"] == "missing":
@@ -381,10 +462,18 @@ def _explain(error: Any) -> str:
     return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
+def _without_readers(loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A pydantic location without the readers, which it names behind the dataset, and behind each dataset of a mix."""
+    if loc[0:1] != ("data",):
+        return loc
+    return (*loc[:2], *loc[3:5], *loc[6:]) if loc[2:4] == ("mix", "of") else loc[:2] + loc[3:]
+
+
 def _section_at(loc: tuple[Any, ...]) -> Any:
-    """The model of the section at a pydantic location; a dataset's location carries its reader."""
+    """The model of the section at a pydantic location."""
     if loc[0:1] == ("data",):
-        return {"mnist": MnistData, "glyphs": GlyphsData}[loc[2]]
+        sections = (MnistData, GlyphsData, HodaData, ArchiveData, FolderData, MixData)
+        return {section.model_fields["reader"].annotation.__args__[0]: section for section in sections}[loc[-1]]  # type: ignore[union-attr]
     model: Any = Params
     for part in loc:
         model = model.model_fields[part].annotation

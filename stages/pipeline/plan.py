@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stages import UserError
-from stages.pipeline import params, paths, results
+from stages.pipeline import params, paths, results, sources
 from stages.pipeline.stage import read_json, whole_file
 
 PROFILES = Path("profiles")
@@ -32,8 +32,10 @@ PER_DATASET = ("fetch", "prepare", "extractor", "reference")
 
 def plan() -> None:
     """Print the stages that are out of date or follow from one that is, and a time from what was last recorded."""
-    params.load()  # a mistake in it is told here, in one line
+    loaded = params.load()  # a mistake in it is told here, in one line
     mend_rwlock()
+    for line in sources.changed(loaded):
+        print(line)
     asked = _status()
     if asked.returncode and "dvc.lock" in asked.stderr:
         asked = mend_lock()

@@ -54,8 +54,8 @@ class Tree:
         code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self.chain_params(cell)
-        flat.pop(f"data.{cell.dataset}.path", None)  # where the raw data came from: its digest says what it is
-        return content_hash([flat, text, self.raw_digest(cell.dataset)])[:32]
+        decisive = {name: value for name, value in flat.items() if not _is_way(name)}
+        return content_hash([decisive, text, self.raw_digest(cell.dataset)])[:32]
 
     def raw_digest(self, dataset: str) -> str:
         """MD5 that DVC gave the raw data of a dataset."""
@@ -137,6 +137,11 @@ def content_hash(value: Any) -> str:
 def md5(path: Path) -> str:
     """MD5 of a file, as DVC takes it; empty when there is no such file."""
     return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _is_way(name: str) -> bool:
+    """Whether a parameter says from where the raw data came: their digest says what they are."""
+    return name.startswith("data.") and name.rpartition(".")[2] in ("path", "url", "drive", "sha256")
 
 
 def _resolve(item: str, cell: Cell) -> str:

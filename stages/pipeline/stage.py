@@ -167,9 +167,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file, whole, ending in a newline. NaN and infinity are refused: they are not JSON."""
+    """Write a small JSON file, whole, ending in a newline. NaN and infinity are refused: they are not JSON.
+
+    Fractions keep six significant digits: beyond, they depend on how a linear algebra library adds up on this processor.
+    """
+    rounded = json.loads(json.dumps(value, allow_nan=False), parse_float=lambda text: float(f"{float(text):.6g}"))
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(rounded, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from stages import UserError
-from stages.pipeline import figures, params, paths, provenance, results, view
+from stages.pipeline import figures, params, paths, provenance, results, sources, view
 from stages.pipeline.params import Cell
 from stages.pipeline.provenance import Tree, content_hash, workspace
 
@@ -404,6 +404,8 @@ if __name__ == "__main__":
     parser.add_argument("command", nargs="?", choices=["sync", "ui"], default="sync")
     parser.add_argument("--port", default="5000", help="of the UI (default: 5000)")
     args = parser.parse_args()
+    for line in sources.changed(params.load()):
+        print(line, file=sys.stderr)
     complete = sync()
     if args.command == "ui" and complete:
         _serve(args.port)

@@ -59,7 +59,7 @@ def test_fetch_packs_fonts_and_licences_into_the_same_bytes_every_time(tmp_path)
 
 
 def test_read_gives_both_splits_drawn_independently(raw, train):
-    (images, labels), (test, y_test), class_names = glyphs.read(raw, **OPTIONS)
+    (images, labels), (test, y_test), class_names, *_ = glyphs.read(raw, **OPTIONS)
     assert torch.equal(images, train[0])
     assert torch.equal(labels, train[1])
     assert test.shape == (45, 1, 32, 32)
@@ -201,7 +201,7 @@ def test_every_letter_is_drawn_both_ways_and_variants_add_forms(fields):
 @pytest.mark.slow
 def test_glyphs_are_readable_and_nearly_all_confusions_are_between_look_alikes(tmp_path):
     glyphs.fetch(tmp_path)
-    (images, labels), (test, y_test), names = glyphs.read(tmp_path, size=64, train_images=20000, test_images=5000, seed=0)
+    (images, labels), (test, y_test), names, *_ = glyphs.read(tmp_path, size=64, train_images=20000, test_images=5000, seed=0)
     net = fit(images, labels, 42, Extractor(images=100000, batch=128, lr=3e-3, seed=0))
     predicted = classify(net, map(to_float, test.split(CHUNK)))[1].argmax(1)
     merged = torch.arange(42)

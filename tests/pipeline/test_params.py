@@ -18,7 +18,7 @@ VALID = params.read_yaml(ROOT / "params.yaml")
 def write(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "params.yaml"
     with path.open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(values, file)
+        YAML(typ="safe", pure=True).dump(copy.deepcopy(values), file)
     return path
 
 
@@ -42,6 +42,18 @@ def test_the_projects_own_parameters_are_valid(tmp_path: Path) -> None:
     axes = (loaded.sweep.datasets, loaded.sweep.schedules, loaded.sweep.timesteps, loaded.sweep.seeds)
     assert len(cells) == len(set(cells)) == len(axes[0]) * len(axes[1]) * len(axes[2]) * len(axes[3])
     assert cells[0] == "-".join(str(axis[0]) for axis in axes)
+
+
+MIX = {"reader": "mix", "of": dict.fromkeys("ab", VALID["data"]["persian_glyphs"])}
+
+
+def mix(**changes: Any) -> dict[str, Any]:
+    """A mix of two datasets, the second one changed."""
+    return {"reader": "mix", "of": {"a": MIX["of"]["a"], "b": MIX["of"]["b"] | changes}}
+
+
+def test_a_mix_is_as_wide_as_its_parts(tmp_path: Path) -> None:
+    assert params.load(write(tmp_path, changed("data.both", MIX))).data["both"].size == 64
 
 
 @pytest.mark.parametrize(
@@ -68,17 +80,29 @@ def test_the_projects_own_parameters_are_valid(tmp_path: Path) -> None:
         ("sweep.seeds", [0, 0], ["sweep", "seeds = [0, 0]", "once"]),
         ("sweep.schedules", ["quadratic"], ["sweep", "'quadratic'", "linear, linear_unscaled, cosine"]),
         ("sweep.timesteps", [10, 1000], ["sweep", "T = 10", "T > 20", "cosine"]),
-        ("sweep.datasets", ["emnist"], ["sweep.datasets", "'emnist'", "mnist, persian_glyphs"]),
+        ("sweep.datasets", ["emnist"], ["sweep.datasets", "'emnist'", "mnist, persian_archive"]),
         ("sweep.datasets", ["MNIST-2"], ["sweep.datasets.0 = 'MNIST-2'", "a-z0-9_"]),
         ("sample.fast.steps", 201, ["sample.fast.steps = 201", "at most", "200"]),
         ("sample.fast.sampler", "euler", ["sample.fast.sampler = 'euler'", "ddpm", "ddim"]),
-        ("train.label_dropout", 0.0, ["sample.guidance = 1.5", "train.label_dropout > 0", "sample.guidance: 0"]),
+        ("train.label_dropout", 0.0, ["sample.guidance = 0.4", "train.label_dropout > 0", "sample.guidance: 0"]),
         ("sample.guidance_interval", [2.0, -4.0], ["sample: guidance_interval = [2.0, -4.0]", "rising"]),
         ("sample.guidance_interval", [2.0], ["sample.guidance_interval = [2.0]", "at least 2"]),
         ("sample.fast.spacing", "quadratic", ["sample.fast.spacing = 'quadratic'", "trailing"]),
         ("diffusion.weighting", "snr", ["diffusion.weighting = 'snr'", "min_snr"]),
         ("data.mnist.size", 32, ["data.mnist.size = 32", "28"]),
         ("data.mnist.reader", "idx", ["data.mnist", "mnist", "glyphs"]),
+        ("data.persian_hoda.pth", "x", ["data.persian_hoda.pth is not a known key", "reader, path, size"]),
+        ("data.persian_archive.sha256", "abc", ["data.persian_archive.sha256 = 'abc'", "[0-9a-f]{64}"]),
+        ("data.persian_archive.url", "ftp://x", ["data.persian_archive.url = 'ftp://x'", "https?"]),
+        ("data.persian_archive.drive", "x", ["data.persian_archive: what is downloaded needs its sha256"]),
+        ("data.persian_archive.test_share", 1.0, ["data.persian_archive.test_share = 1.0", "less than 1"]),
+        ("sweep.datasets", ["persian_hoda"], ["data.persian_hoda: say where its files are, in path"]),
+        ("sweep.datasets", ["persian_archive"], ["data.persian_archive: say where its files are, in path or url or drive"]),
+        ("data.both", {"reader": "mix", "of": {}}, ["data.both.of = {}", "at least 2"]),
+        ("data.both", MIX | {"size": 3}, ["data.both.size is not a known key", "reader, of"]),
+        ("data.both", mix(size=32), ["data.both: all datasets of a mix need one size, not a: 64, b: 32"]),
+        ("data.both", mix(size="x"), ["data.both.of.b.size = 'x'", "integer"]),
+        ("data.both", mix(pth="x"), ["data.both.of.b.pth is not a known key", "reader, size, train_images"]),
         ("network.attention_levels", [2], ["network", "attention_levels = [2]", "0..1"]),
         ("network.base_channels", 30, ["network.base_channels = 30", "multiple of 8"]),
         ("sample.images", None, ["sample.images = None", "integer"]),

@@ -1,0 +1,79 @@
+"""A card for each prepared dataset, in data/README.md: where it comes from, how much of it there is, how it looks.
+
+python -m stages.pipeline.cards            `make cards`
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stages.pipeline import paths
+from stages.pipeline.stage import read_json, whole_file
+
+PAGE, PICTURES = Path("data/README.md"), Path("docs/data")
+MARK = "<!-- What follows is written by `make cards`. -->\n"
+SHORT = 12  # classes, or raw files, that a card shows without being asked
+
+
+def main() -> None:
+    """Write the cards of all datasets that are prepared here behind the mark; those of others stay as they are."""
+    page = PAGE.read_text(encoding="utf-8")
+    head, _, tail = page.partition(MARK)
+    cards = {text.partition("\n")[0].removeprefix("## "): text for text in (f"## {part}" for part in tail.split("\n## ")[1:])}
+    for file in sorted(paths.prepared("x").parent.glob("*/dataset.json")):
+        name = file.parent.name
+        picture = PICTURES / f"{name}.png"
+        with whole_file(picture) as temporary:
+            shutil.copyfile(paths.data_figures(name) / "samples.png", temporary)
+        cards[name] = card(name, read_json(file), picture)
+        print(f"{name}: {PAGE}, {picture}")
+    text = "\n\n".join(cards[name].strip() for name in sorted(cards))
+    with whole_file(PAGE) as temporary:
+        temporary.write_text(f"{head}{MARK}\n{text}\n", encoding="utf-8")
+
+
+def card(name: str, about: dict[str, Any], picture: Path) -> str:
+    """Markdown of one dataset, from its dataset.json."""
+    counts = {split: about["images_per_class"][split] for split in ("train", "test")}
+    n, classes = about["images"], about["class_names"]
+    split = about["split"]
+    how = (
+        f"by a hash of their pixels, {split['test_share']:.0%} to test on, seed {split['seed']}"
+        if isinstance(split, dict)
+        else split
+    )
+    dropped = "; ".join(f"{count:,} × {reason}" for reason, count in about["dropped"].items()) or "none"
+    smallest, largest = (f(zip(counts["train"], classes, strict=True)) for f in (min, max))
+    facts = {
+        "images": f"{n['train']:,} to train on + {n['test']:,} to test on, {about['size']} × {about['size']} pixels",
+        "written by": "a program: synthetic" if about["synthetic"] else "people",
+        "licence": about["licence"],
+        "split": how,
+        "dropped": dropped,
+        "equal to another image": f"{about['duplicates']:,}",
+        "classes": f"{len(classes)}; in train from {smallest[0]:,} ({smallest[1]}) to {largest[0]:,} ({largest[1]})",
+        "pixels": f"mean {about['pixel_mean']:.3f}, standard deviation {about['pixel_std']:.3f} in [-1, 1]",
+    }
+    balance = [f"| {y} | {a:,} | {b:,} |" for y, a, b in zip(classes, counts["train"], counts["test"], strict=True)]
+    files = [f"| {file} | `{digest}` |" for file, digest in about["source_sha256"].items()]
+    return "\n".join(
+        [
+            f"## {name}\n\n![Ten images of each class]({Path('..') / picture})\n",
+            "| | |\n|---|---|",
+            *(f"| {what} | {value} |" for what, value in facts.items()),
+            "",
+            *_folded("Images of each class", ["| class | train | test |", "|---|---|---|", *balance], len(classes)),
+            *_folded("Raw files", ["| file | SHA-256 |", "|---|---|", *files], len(files)),
+        ]
+    )
+
+
+def _folded(title: str, table: list[str], length: int) -> list[str]:
+    """A table under a title, which has to be opened first where it is long."""
+    if length <= SHORT:
+        return [f"{title}:\n", *table, ""]
+    return [f"<details><summary>{title}</summary>\n", *table, "\n</details>\n"]
+
+
+if __name__ == "__main__":
+    main()
