@@ -24,5 +24,6 @@ def damaged(content: bytes, *, seconds: float = SECONDS) -> Iterator[bytes]:
                 case 3:
                     copy[at:at] = rng.randbytes(rng.randint(1, 8))
                 case 4:
-                    copy[at : at + rng.choice((2, 4))] = rng.choice((0, 1, 2**15, 2**16 - 1)).to_bytes(2, "little") * rng.choice((1, 2))
+                    word = rng.choice((0, 1, 2**15, 2**16 - 1)).to_bytes(2, "little")
+                    copy[at : at + rng.choice((2, 4))] = word * rng.choice((1, 2))
         yield bytes(copy)
