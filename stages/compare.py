@@ -83,7 +83,7 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
     def by_logsnr(dataset: str) -> list[Line]:
         return [_loss_by_logsnr(cell, row) for cell, row in rows.items() if cell.dataset == dataset]
 
-    figures.save_lines(folder / "fid.png", panels(fid), x="T, steps", y="FID (lower is better)", log_x=ticks)
+    figures.save_lines(folder / "fid.png", panels(fid), x="T, steps", y="FID (lower is better)", log_x=ticks, log_y=True)
     figures.save_lines(folder / "cost.png", panels(cost), x="T, steps", y="seconds per image", log_x=ticks, log_y=True)
     figures.save_lines(folder / "over_training.png", panels(over_training), x="images trained on", y="FID", log_y=True)
     figures.save_lines(folder / "loss.png", panels(loss), x="images trained on", y="validation loss", log_y=True)
