@@ -131,12 +131,21 @@ def _loss_by_logsnr(cell: Cell, row: dict[str, Any]) -> Line:
 
 
 def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
-    columns = {"cell": "cell", "FID": "fid", "± error": "fid_error", "floor": "fid_floor", "N": "images", "accuracy": "accuracy"}
+    columns = {
+        "cell": "cell",
+        "network": "network",
+        "FID": "fid",
+        "± error": "fid_error",
+        "floor": "fid_floor",
+        "N": "images",
+        "accuracy": "accuracy",
+    }
     columns |= {"sure": "confident", "precision": "precision", "recall": "recall", "bits/dim": "bits_per_dim"}
     columns |= {"eps-MSE": "eps_mse", "training s": "train_seconds"}
     columns |= {"s/image, fast": "fast_seconds_per_image", "s/image, all T": "ancestral_seconds_per_image"}
     lines = ["# Comparison of the sweep", "", _EXPLANATION]
     lines += [f"`{name}` is synthetic: its images are drawn by a program, nobody wrote them.\n" for name in synthetic]
+    lines += [_SHARED] if any(row["network"] == "shared" for row in rows.values()) else []
     lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
     lines += [_markdown_row([_cell_text(row.get(key)) for key in columns.values()]) for row in rows.values()]
     lines += ["", *(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, title in _FIGURES.items())]
@@ -164,6 +173,11 @@ of test images, given their labels. `eps-MSE` is a property of the schedule and 
 log-SNR does. Every cell is sampled twice: fast, with the same number of network evaluations in every cell (all scores are of
 this set), and with all T steps. The FID over training is of small fast sets, drawn from the averages at each quarter of the
 last phase: it is higher than that of the full set, and has a floor of its own.
+"""
+
+_SHARED = """\
+One network of each dataset, trained at every noise level, draws for all T and schedules (`train.shared`): what differs between
+its cells is how the sampler walks, nothing that was learned. `training s` is for the cell that trained it; the others take it.
 """
 
 _FIGURES = {

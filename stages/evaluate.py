@@ -147,6 +147,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
         "bits_per_dim": _mean(sum(parts.values(), torch.zeros(())) / math.log(2)),
         **{f"bits_of_{name}": _mean(nats / math.log(2)) for name, nats in parts.items()},
         "logsnr_grid": on_grid,
+        "network": "shared" if about["train"]["shared"] else "own",
     }
 
 

@@ -36,6 +36,7 @@ Loss = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(net, x0, y, t, eps) -> the weighted mean squared error of what the network predicts."""
 
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
+SHARED_LEVELS = ("cosine", 2**16)  # of a shared network: levels so close that any schedule's are among them; cosine reaches +-20
 
 
 class Phase(NamedTuple):
@@ -51,7 +52,8 @@ def main(
     """Train with the whole split resident as one uint8 tensor; the randomness of a step is a function of (seed, step).
 
     So a killed training goes on from its last checkpoint to the same bits, and one with a phase more from the finished phases
-    before it, where they are still there.
+    before it, where they are still there. A shared network is trained by the first cell of its dataset and seed; the others find
+    it finished and take it.
     """
     device = checkpoint.device()
     checkpoint.check_bf16(train.precision)
@@ -62,10 +64,11 @@ def main(
     class_names = read_json(paths.prepared(cell.dataset) / "dataset.json")["class_names"]
     size = images.shape[-1]
     how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
-    alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=size, **how)).to(device)
+    schedule, T = SHARED_LEVELS if train.shared else (cell.schedule, cell.T)
+    alpha_bar = torch.from_numpy(noise_levels(schedule, T, size=size, **how)).to(device)
 
     # Network, its average, optimisers. What is needed to build the network again travels with the weights.
-    about = {"cell": str(cell), "size": size, "num_classes": len(class_names), "class_names": class_names}
+    about = {"levels": [schedule, T], "seed": cell.seed, "size": size, "num_classes": len(class_names), "class_names": class_names}
     about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump()}
     torch.manual_seed(cell.seed)
     net = UNet(size=size, num_classes=len(class_names), **network.model_dump())
@@ -82,11 +85,13 @@ def main(
     snapshot_at = {last.begin + math.ceil((last.end - last.begin) * k / 4): f"ema-{25 * k}" for k in (1, 2, 3)} | {last.end: "ema"}
 
     # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
-    names = _fingerprints(cell, diffusion, network, train)
+    names = _fingerprints(cell.dataset, f"{schedule}-{T}-{cell.seed}", diffusion, network, train)
     with checkpoint.unfinished(names[-1]) as work, tracking.Live(cell) as live:
-        losses, so_far = _restore(work, names, modules, optimizers)
+        losses, so_far = _restore(work, names, names if train.shared else names[:-1], modules, optimizers)
         previews = work / "weights" / "previews"
-        if so_far["step"]:
+        if so_far["step"] == last.end:
+            print(f"{cell}: takes the network that another cell has trained", flush=True)
+        elif so_far["step"]:
             print(f"{cell}: going on from step {so_far['step']} of {last.end}", flush=True)
         else:
             figures.save_png(previews / f"{0:08d}.png", preview(net_ema, size, diffusion.prediction, alpha_bar))
@@ -103,7 +108,7 @@ def main(
             batch = batch_of_step(step, train.batch, len(images), cell.seed).to(device)
             x0, y = to_float(images[batch]), labels[batch]
             y = torch.where(torch.rand(y.shape, device=device, generator=rng) < train.label_dropout, len(class_names), y)
-            t = stratified_timesteps(len(y), cell.T, rng)
+            t = stratified_timesteps(len(y), T, rng)
             eps = torch.randn(x0.shape, device=device, generator=rng)
 
             loss = loss_of(net, x0, y, t, eps)
@@ -122,7 +127,7 @@ def main(
                 elapsed = time.perf_counter() - started
                 seconds += elapsed
                 if step in report_at:
-                    val_loss = _validate(loss_of, net_ema, val_images, val_labels, cell.T)
+                    val_loss = _validate(loss_of, net_ema, val_images, val_labels, T)
                     row = {"step": step, "images": step * train.batch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
                     curve.append({key: float(f"{value:.6g}") for key, value in row.items()})
                     rate = (step - marked) * train.batch / elapsed
@@ -155,22 +160,24 @@ def _phases(train: params.Train) -> list[Phase]:
     return [Phase(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _fingerprints(cell: params.Cell, diffusion: params.Diffusion, network: params.Network, train: params.Train) -> list[str]:
+def _fingerprints(
+    dataset: str, levels_and_seed: str, diffusion: params.Diffusion, network: params.Network, train: params.Train
+) -> list[str]:
     """What the state of this training is known by after each of its phases: a hash of all that leads there."""
-    folder = paths.prepared(cell.dataset)
+    folder = paths.prepared(dataset)
     files = [Path(__file__), folder / "train.safetensors", folder / "dataset.json"]
-    values = [str(cell), diffusion.model_dump(), network.model_dump(), train.model_dump(exclude={"images"})]
+    values = [dataset, levels_and_seed, diffusion.model_dump(), network.model_dump(), train.model_dump(exclude={"images"})]
     return [checkpoint.fingerprint(files, *values, train.images[: k + 1]) for k in range(len(train.images))]
 
 
 def _restore(
-    work: Path, names: list[str], modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer]
+    work: Path, names: list[str], earlier: list[str], modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer]
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Set modules and optimisers to where the training stands; the losses since the last report, and the rest of its state.
 
-    That is where it was killed, else the end of as many of its phases as were finished before, else the start.
+    That is where it was killed, else the end of the longest of `earlier` that was finished before, else the start.
     """
-    for folder in (work, *(checkpoint.finished(name) for name in reversed(names[:-1]))):
+    for folder in (work, *(checkpoint.finished(name) for name in reversed(earlier))):
         if not (folder / STATE).exists():
             continue
         try:

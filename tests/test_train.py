@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages import UserError, train
+from stages.diffusion.schedules import SCHEDULES
 from stages.pipeline import checkpoint, params, paths, tracking
 
 CELL = params.Cell("toy", "cosine", 8, 3)
@@ -28,7 +29,7 @@ def sections(tmp_path, monkeypatch):
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"class_names": ["a", "b"]}))
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
-        "images": 64, "batch": 8, "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None,
+        "shared": False, "images": 64, "batch": 8, "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None,
         "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
@@ -94,7 +95,7 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     assert measured["images_per_sec"] > 0
     assert [point["step"] for point in measured["by_step"]] == [2, 4, 6, 8]
     net, about = checkpoint.load_network(folder / "ema.safetensors")
-    assert about["cell"] == str(CELL)
+    assert about["levels"] == [CELL.schedule, CELL.T]
     assert about["diffusion"]["prediction"] == "v"
     assert not net.training
 
@@ -250,6 +251,36 @@ def test_one_phase_more_goes_on_from_the_finished_ones_to_the_same_bits(sections
     assert len(rates) == 8
     assert rates[4] > rates[3]  # a schedule of its own, to be seen in the curve
     assert results()[0]["ema-25.safetensors"] != results()[0]["ema.safetensors"]
+
+
+def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_and_seed(sections, killed_at, capfd):
+    shared = changed(sections, shared=True)
+    assert killed_at(None, shared) == list(range(1, 9))
+    first = results()
+    for cell in (params.Cell("toy", "linear", 1000, CELL.seed), params.Cell("toy", "cosine", 30, CELL.seed)):
+        train.main(cell, *shared)
+        assert bits(paths.weights(str(cell))) == first[0]
+        assert paths.loss_curve(str(cell)).read_text() == first[1]
+    assert capfd.readouterr().out.count("takes the network that another cell has trained") == 2
+    _, about = checkpoint.load_network(paths.weights(str(CELL)) / "ema.safetensors")
+    assert about["train"]["shared"]
+    assert about["levels"] == list(train.SHARED_LEVELS)
+    shutil.rmtree(checkpoint.workspace() / ".state")
+    train.main(params.Cell("toy", "linear", 1000, CELL.seed), *shared)  # without what was kept: trained again, to the same bits
+    assert bits(paths.weights("toy-linear-1000-3")) == first[0]
+    train.main(params.Cell("toy", "linear", 1000, CELL.seed + 1), *shared)
+    assert bits(paths.weights("toy-linear-1000-4")) != first[0]
+
+
+def test_the_levels_of_a_shared_network_hold_those_of_every_schedule():
+    """Between two neighbours of them the log-SNR moves by less than a network can tell."""
+    how = {"size": 28, "reference_size": 28, "zero_terminal_snr": False}
+    levels = train.process.logsnr(torch.from_numpy(train.noise_levels(*train.SHARED_LEVELS, **how)))
+    for name in SCHEDULES:
+        asked = train.process.logsnr(torch.from_numpy(train.noise_levels(name, 1000, **how)))
+        inside = asked[asked.abs() < 12]
+        assert len(inside) > 980
+        assert (levels[None] - inside[:, None]).abs().min(1).values.max() < 0.02
 
 
 def test_a_second_writer_waits(sections, killed_at, capfd):

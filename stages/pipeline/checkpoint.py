@@ -1,7 +1,7 @@
 """Weights on disk: safetensors with the parameters that built the network in their metadata; no pickle, ever.
 
-Also unfinished training, which survives any kill in .state/checkpoints of the original working tree, and the finished phases
-that a longer training goes on from, in .state/finished.
+Also unfinished training, which survives any kill in .state/checkpoints of the original working tree, and the finished ones
+that a longer training goes on from, and cells that share a network, in .state/finished.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def device() -> torch.device:
 def check_bf16(precision: str) -> None:
     """Tell, in one line, that bf16 will crawl on this processor; the precision is a parameter, so it is not changed here."""
     if precision == "bf16" and device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print("this processor has no bf16 arithmetic: `make profile NAME=fp32` is faster here", file=sys.stderr, flush=True)
+        print("this processor has no bf16 arithmetic and emulates it, slowly: fp32 is faster here", file=sys.stderr, flush=True)
 
 
 def device_memory() -> dict[str, int]:
@@ -60,7 +60,7 @@ def device_memory() -> dict[str, int]:
 
 
 def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
-    """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, cell, ..."""
+    """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, ..."""
     weights, about = load_tensors(path)
     net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
     net.load_state_dict(weights)
@@ -108,9 +108,9 @@ def finished(name: str) -> Path:
 
 
 def finish(folder: Path, name: str) -> None:
-    """Keep a copy of an unfinished training, less its averages, as a finished one."""
+    """Keep a copy of an unfinished training as a finished one."""
     with whole_folder(finished(name)) as kept:
-        shutil.copytree(folder, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("ema*"))
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
 
 
 def save_state(

@@ -219,6 +219,7 @@ class Network(Section):
 class Train(Section):
     """Optimisation; lengths are counted in images. `images` is a list of phases, each a learning-rate schedule of its own."""
 
+    shared: bool
     images: Phases
     batch: Count
     optimizer: Literal["muon", "adam"]

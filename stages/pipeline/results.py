@@ -10,7 +10,7 @@ from stages.pipeline.figures import Line
 from stages.pipeline.params import Cell
 from stages.pipeline.stage import read_json
 
-IDENTITY = ("cell", "dataset", "schedule", "T", "seed")
+IDENTITY = ("cell", "dataset", "schedule", "T", "seed", "network")
 CLOCKED = ("train", "sample", "evaluate")
 OVER_TRAINING = ("snapshot_fid", "snapshot_accuracy", "snapshot_confident_ratio")
 
@@ -42,7 +42,9 @@ def row(cell: Cell) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"cell {cell} has no {path}; `dvc repro evaluate@{cell}` makes it")
     scores = read_json(path)
-    flat: dict[str, Any] = dict(zip(IDENTITY, (str(cell), cell.dataset, cell.schedule, cell.T, cell.seed), strict=True))
+    flat: dict[str, Any] = dict(
+        zip(IDENTITY, (str(cell), cell.dataset, cell.schedule, cell.T, cell.seed, scores["network"]), strict=True)
+    )
     flat |= _numbers("", scores["fast"]) | _numbers("", {key: value for key, value in scores.items() if key != "fast"})
     for point in scores["logsnr_grid"]:
         flat |= {f"{key}_at_{point['logsnr']:g}": value["value"] for key, value in point.items() if key != "logsnr"}
@@ -89,7 +91,12 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as plain text, at most 100 columns wide, with a legend."""
     lines = [["cell", *(heading for heading, _, _ in _COLUMNS)]]
     for row in rows:
-        lines.append([row["cell"], *(format(row[key], spec) if key in row else "-" for _, key, spec in _COLUMNS)])
+        lines.append(
+            [
+                row["cell"] + " (shared)" * (row["network"] == "shared"),
+                *(format(row[key], spec) if key in row else "-" for _, key, spec in _COLUMNS),
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], _LEGEND])
