@@ -8,7 +8,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help repro test test-all lint ui sync experiments profile cards prune lock
+.PHONY: help repro test test-all lint ui sync experiments profile cards bench prune lock
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,6 +43,9 @@ experiments: $(VENV)/.installed ## the experiments of `dvc exp run`, each with w
 
 cards: $(VENV)/.installed ## write the card of every prepared dataset into data/README.md
 	@$(ENTER) python -m stages.pipeline.cards
+
+bench: $(VENV)/.installed-dev ## the short benchmarks, a JSON line each: speed beside diffusers, fixed cost of a cell
+	@$(ENTER) python benchmarks/speed.py && python benchmarks/fixed_cost.py
 
 prune: $(VENV)/.installed ## list the files of cells that are no longer in the sweep; YES=1 removes them
 	@$(ENTER) python -m stages.pipeline.plan prune $(if $(YES),--yes)

@@ -53,6 +53,7 @@ def save_network(cell: params.Cell) -> None:
         "num_classes": CLASSES,
         "network": NETWORK.model_dump(),
         "diffusion": {"prediction": "v", "reference_size": SIZE, "zero_terminal_snr": False},
+        "train": {"shared": False},
     }
     save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
 
@@ -275,12 +276,13 @@ def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: py
     assert published[0] == published[1]
     scores = json.loads(published[0])
     bits = {"bits_per_dim", "bits_of_prior", "bits_of_steps", "bits_of_decoder"}
-    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid", *bits}
+    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid", "network", *bits}
     assert scores["bits_per_dim"]["value"] == pytest.approx(sum(scores[name]["value"] for name in bits - {"bits_per_dim"}))
     assert [point["trained_images"] for point in scores["over_training"]] == [25, 50, 75, 100]
     floors = read_json(paths.scores("reference", "bars"))["sets"]["50"]
     assert all(point["fid"]["floor"] == floors["fid"]["value"] for point in scores["over_training"])
     assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5}
+    assert scores["network"] == "own"
     assert scores["fast"]["scored"]
     assert not scores["ancestral"]["scored"]
     for name in ("fid", "class_tv", "precision", "recall", "accuracy", "confident", "confident_ratio"):

@@ -42,9 +42,8 @@ def row(cell: Cell) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"cell {cell} has no {path}; `dvc repro evaluate@{cell}` makes it")
     scores = read_json(path)
-    flat: dict[str, Any] = dict(
-        zip(IDENTITY, (str(cell), cell.dataset, cell.schedule, cell.T, cell.seed, scores["network"]), strict=True)
-    )
+    identity = (str(cell), cell.dataset, cell.schedule, cell.T, cell.seed, scores.get("network", "own"))
+    flat: dict[str, Any] = dict(zip(IDENTITY, identity, strict=True))
     flat |= _numbers("", scores["fast"]) | _numbers("", {key: value for key, value in scores.items() if key != "fast"})
     for point in scores["logsnr_grid"]:
         flat |= {f"{key}_at_{point['logsnr']:g}": value["value"] for key, value in point.items() if key != "logsnr"}

@@ -54,7 +54,7 @@ def make_files(cell: Cell, fid: float = 20.0) -> None:
     score = {"value": fid, "error": 0.5, "floor": 11.8}
     grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
     scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
-    scores["over_training"] = [{"trained_images": 64, "fid": score}]
+    scores["over_training"] = [{"trained_images": 128, "fid": score}]
     write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
     write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
     write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
@@ -211,7 +211,7 @@ def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) ->
     assert [step for step, _ in history(tree, run, "images_per_sec")] == [1, 2]
     assert history(tree, run, "snapshot_fid") == [(2, 20.0)]
     assert previews(tree, run) == [1, 2]
-    assert run.data.params["train.lr"] == "0.003"
+    assert run.data.params["train.lr"] == "0.006"
 
 
 def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tree: Path) -> None:
@@ -224,12 +224,12 @@ def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tre
 
     tracking.sync()
     charts = state()["compareRunCharts"]
-    assert [chart["step"] for chart in charts if chart["type"] == "IMAGE"] == [1250]  # 40,000 images in batches of 32
+    assert [chart["step"] for chart in charts if chart["type"] == "IMAGE"] == [750]  # 48,000 images in batches of 64
     sections = {section["uuid"] for section in state()["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in charts} <= sections
-    edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
+    edit("params.yaml", lambda text: text.replace("images: 48000 #", "images: [48000, 24000] #"))
     tracking.sync()
-    assert next(chart["step"] for chart in state()["compareRunCharts"] if chart["type"] == "IMAGE") == 1875
+    assert next(chart["step"] for chart in state()["compareRunCharts"] if chart["type"] == "IMAGE") == 1125
     mine = json.loads(client.get_experiment("1").tags[view.TAG]) | {"updatedAt": 1, "name": "Mine"}
     client.set_experiment_tag("1", view.TAG, json.dumps(mine))
     tracking.sync()
@@ -274,7 +274,7 @@ def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
 
 def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> None:
     tracking.publish(CELL)
-    edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
+    edit("params.yaml", lambda text: text.replace("images: 48000 #", "images: [48000, 24000] #"))
     tracking.publish(CELL)
     shorter, longer = runs(tree)
     assert "continues" not in shorter.data.tags

@@ -1,0 +1,66 @@
+"""What a cell costs beside its work: process starts, imports, loading, hashing, logging, DVC and MLflow.
+
+Clones the last commit, makes what is there once for each dataset, then a first and a second cell of next to no work: 4 batches of
+training, 64 samples in 2 steps. Seconds of the second cell (train, sample and evaluate), of a `dvc repro` that has nothing
+to do, the most memory of a stage, and what `compare` imports; one JSON line.
+Run: python benchmarks/fixed_cost.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from stages.pipeline import params  # noqa: E402
+
+PROFILE = """\
+sweep: {datasets: [persian_glyphs], schedules: [linear], timesteps: [50, 51, 52, 53]}
+data: {persian_glyphs: {size: 28, train_images: 2000, test_images: 1000}}
+extractor: {images: 1024}
+train: {images: 256, warmup_images: 32, validation_images: 32, curve_points: 1}
+sample: {images: 64, ancestral_images: 2, snapshot_images: 2, fast: {steps: 2}}
+evaluate: {images: 2, draws: 1, min_scored: 64}
+"""
+CELLS = [f"persian_glyphs-linear-{T}-0" for T in (50, 51, 52, 53)]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", ROOT, f"{folder}/naqsh"], check=True)
+        os.chdir(f"{folder}/naqsh")
+        Path("profiles/next_to_nothing.yaml").write_text(PROFILE)
+        Path("params.yaml").write_text(params.merged(Path("profiles/next_to_nothing.yaml")))
+        dvc(f"evaluate@{CELLS[0]}")
+        cells = sorted(dvc(f"evaluate@{cell}") for cell in CELLS[1:])
+        dvc()
+        idle = sorted(dvc() for _ in range(3))
+        timing = {
+            name: json.loads(Path(f"metrics/timing/{name}/{CELLS[1]}.json").read_text()) for name in ("train", "sample", "evaluate")
+        }
+        stages = {f"{name}_seconds": of["seconds"] for name, of in timing.items()}
+    result = {"cell_seconds": cells[1], "idle_repro_seconds": idle[1], **stages, "compare_imports_torch": imports_torch("compare")}
+    print(json.dumps(result | {"cores": len(os.sched_getaffinity(0))}))
+
+
+def dvc(*targets: str) -> float:
+    """Seconds that `dvc repro` of some stages takes."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", *targets], check=True)
+    return round(time.perf_counter() - start, 1)
+
+
+def imports_torch(stage: str) -> bool:
+    code = f"import sys, stages.{stage}; print('torch' in sys.modules)"
+    return (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip() == "True"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Quality after so many seconds of training, from the pipeline's recipe and from diffusers' plain U-Net, scored alike in one run.
+
+Clones the last commit, measures how fast the recipe trains here, gives it as many images as fit into the seconds, runs cells
+mnist-cosine-1000-SEED with `dvc repro`. The baseline trains for as long (unconditional, eps, linear betas, AdamW 1e-3, batch 64),
+is sampled with DDIM in 50 steps, and is scored by the same code. One JSON line.
+Run: python benchmarks/quality.py [SECONDS [SAMPLES [SEED ...]]]
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import speed  # noqa: E402
+from stages.datasets.images import to_float, to_uint8  # noqa: E402
+from stages.evaluate import score_set  # noqa: E402
+from stages.fidelity.frechet import Gaussian  # noqa: E402
+from stages.pipeline import params, paths  # noqa: E402
+from stages.pipeline.checkpoint import load_classifier, load_tensors  # noqa: E402
+from stages.pipeline.stage import read_json  # noqa: E402
+
+DATASET = "mnist"
+SCORES = ("fid", "precision", "recall", "accuracy", "confident")
+
+
+def main(seconds: float, samples: int, seeds: list[int]) -> None:
+    step, _, _ = speed.naqsh(28)
+    step()
+    images = round(seconds * speed.rate(step, 100), -3)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", ROOT, f"{folder}/naqsh"], check=True)
+        os.chdir(f"{folder}/naqsh")
+        Path("profiles/quality.yaml").write_text(
+            f"sweep: {{datasets: [{DATASET}], schedules: [cosine], timesteps: [1000], seeds: {seeds}}}\n"
+            f"train: {{images: {int(images)}}}\nsample: {{images: {samples}}}\n"
+        )
+        Path("params.yaml").write_text(params.merged(Path("profiles/quality.yaml")))
+        cells = [f"{DATASET}-cosine-1000-{seed}" for seed in seeds]
+        subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", *(f"evaluate@{cell}" for cell in cells)], check=True)
+        ours = [row(read_json(paths.scores("evaluate", cell))["fast"]) for cell in cells]
+        timing = {name: [read_json(paths.timing(name, cell)) for cell in cells] for name in ("train", "sample")}
+        result = {
+            "training_seconds": seconds,
+            "naqsh": {
+                "images": int(images),
+                "seconds": [of["seconds"] for of in timing["train"]],
+                "samples_per_second": [of["fast_images_per_sec"] for of in timing["sample"]],
+                "scores": ours,
+                "median_fid_over_floor": statistics.median(of["fid"] / of["fid_floor"] for of in ours),
+                "median_recall_over_floor": statistics.median(of["recall"] / of["recall_floor"] for of in ours),
+            },
+            "diffusers": baseline(seconds, samples),
+            "samples": samples,
+            "threads": torch.get_num_threads(),
+        }
+    print(json.dumps(result))
+
+
+def row(scores: dict) -> dict[str, float]:
+    """Values and floors of one set."""
+    return {
+        f"{name}{end}": scores[name][key] for name in SCORES if scores[name] for end, key in (("", "value"), ("_floor", "floor"))
+    }
+
+
+def baseline(seconds: float, samples: int) -> dict[str, float]:
+    """The scores of diffusers' U-Net after as long a training."""
+    train = load_file(paths.prepared(DATASET) / "train.safetensors")["images"]
+    net, noising, optimizer = speed.plain_unet(28)
+    start, seen = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        x0 = torch.nn.functional.pad(to_float(train[torch.randint(len(train), (64,))]), (2, 2, 2, 2), value=-1)
+        speed.plain_step(net, noising, optimizer, x0)
+        seen += len(x0)
+    chain, drawn, start = DDIMScheduler(1000), [], time.perf_counter()
+    chain.set_timesteps(50)
+    with torch.inference_mode():
+        for first in range(0, samples, 250):
+            x = torch.randn(min(250, samples - first), 1, 32, 32)
+            for t in chain.timesteps:
+                x = chain.step(net(x, t).sample, t, x).prev_sample
+            drawn.append(to_uint8(x[..., 2:-2, 2:-2]))
+    rate = samples / (time.perf_counter() - start)
+    reference, about = load_tensors(paths.reference(DATASET))
+    real = Gaussian(reference["mean"].numpy(), reference["cov"].numpy(), about["images"])
+    scores = score_set(
+        load_classifier(paths.extractor(DATASET)), real, reference["features"], read_json(paths.scores("reference", DATASET)),
+        {"images": torch.cat(drawn), "labels": torch.full((samples,), -1)}, 2,
+    )  # fmt: skip
+    return {"images": seen, "samples_per_second": round(rate, 1), **row(scores)}
+
+
+if __name__ == "__main__":
+    given = [int(text) for text in sys.argv[1:]]
+    main(given[0] if given else 120, given[1] if given[1:] else 2000, given[2:] or [0])
