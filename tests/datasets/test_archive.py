@@ -28,13 +28,6 @@ def files_of(N: int = 60, classes: int = 3) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """The empty folder that fetch fills."""
-    (tmp_path / "raw").mkdir()
-    return tmp_path / "raw"
-
-
-@pytest.fixture
 def mine(tmp_path: Path) -> Path:
     """An archive of the user."""
     return zipped(tmp_path / "mine.zip", files_of() | {"readme.txt": b"", "__MACOSX/set/._0.000.png": b""})

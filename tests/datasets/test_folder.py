@@ -21,20 +21,6 @@ def files_of(*classes: str, N: int = 12) -> dict[str, bytes]:
     return {f"{y}/{i}.png": encoded(drawn(100 * k + i, grey=100 + 50 * k)) for k, y in enumerate(classes) for i in range(N)}
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """The empty folder that fetch fills."""
-    (tmp_path / "raw").mkdir()
-    return tmp_path / "raw"
-
-
-@pytest.fixture
-def mine(tmp_path: Path) -> Path:
-    """The folder of the user."""
-    (tmp_path / "mine").mkdir()
-    return tmp_path / "mine"
-
-
 def read(raw: Path, mine: Path, **options: object) -> Dataset:
     folder.fetch(raw, path=str(mine), size=16, licence="mine")
     return folder.read(raw, **{**READ, **options}, path=str(mine), licence="mine")

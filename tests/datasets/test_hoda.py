@@ -309,13 +309,6 @@ def test_read_says_what_is_missing_or_wrong_by_the_file(tmp_path: Path) -> None:
 # Fetching
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """The empty folder that fetch fills."""
-    (tmp_path / "raw").mkdir()
-    return tmp_path / "raw"
-
-
 def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

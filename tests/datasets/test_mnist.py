@@ -46,20 +46,6 @@ def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     )
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """The empty folder that fetch fills."""
-    (tmp_path / "raw").mkdir()
-    return tmp_path / "raw"
-
-
-@pytest.fixture
-def mine(tmp_path: Path) -> Path:
-    """The folder of the user."""
-    (tmp_path / "mine").mkdir()
-    return tmp_path / "mine"
-
-
 def put(folder: Path, files: dict[str, bytes], *, gzipped: bool = False) -> None:
     for name, content in files.items():
         (folder / (name + ".gz" * gzipped)).write_bytes(gzip.compress(content) if gzipped else content)
