@@ -27,7 +27,7 @@ from stages.pipeline.checkpoint import load_classifier, load_tensors  # noqa: E4
 from stages.pipeline.stage import read_json  # noqa: E402
 from stages.sample import Chain, How, class_sequence  # noqa: E402
 
-STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
 WHOLE_CHAIN = [-100.0, 100.0]
 EVALUATIONS = (5, 8, 12, 20, 35, 60, 100)
 SAMPLERS = {
@@ -80,7 +80,7 @@ def guidance(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
         parts = {"interval": drawer.params.sample.guidance_interval, "whole chain": WHOLE_CHAIN}
         of_cell = [
             {"guided": part, "guidance": strength}
-            | drawer.row(how, drawer.params.sample.images, guidance=strength, guidance_interval=interval)
+            | drawer.row(how, drawer.params.sample.snapshot_images, guidance=strength, guidance_interval=interval)
             for part, interval in parts.items()
             for strength in STRENGTHS
         ]

@@ -1,6 +1,8 @@
 """The rooms of the house and the stage graph: who may import whom, and what dvc.yaml says against what the code does."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,12 @@ def test_data_deps_are_made_by_an_earlier_stage() -> None:
             if not dep.endswith(".py"):
                 assert any(f"{dep}/".startswith(f"{out}/") or f"{out}/".startswith(f"{dep}/") for out in made), dep
         made |= outs(stage)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"), [("stages.compare", "torch"), ("stages.pipeline.plan", "torch"), ("stages.pipeline.tracking", "mlflow")]
+)
+def test_what_only_reads_tables_starts_without_what_is_slow_to_import(module: str, heavy: str) -> None:
+    code = f"import sys, {module}; print({heavy!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
