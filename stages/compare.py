@@ -170,14 +170,15 @@ real training images: what a perfect model would score.
 any label with at least 0.9 confidence. `precision` is the share of samples among the real images, `recall` the share of real
 images among the samples (k = 3). `bits/dim` is the variational bound on the negative log-likelihood
 of test images, given their labels. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
-log-SNR does. Every cell is sampled twice: fast, with the same number of network evaluations in every cell (all scores are of
-this set), and with all T steps. The FID over training is of small fast sets, drawn from the averages at each quarter of the
-last phase: it is higher than that of the full set, and has a floor of its own.
+log-SNR does. Every cell is sampled twice: fast, with the same number of steps in every cell (all scores are of this set), and
+with all T steps. The FID over training is of small fast sets, drawn from the averages at each quarter of the last phase: it is
+higher than that of the full set, and has a floor of its own.
 """
 
 _SHARED = """\
-One network of each dataset, trained at every noise level, draws for all T and schedules (`train.shared`): what differs between
-its cells is how the sampler walks, nothing that was learned. `training s` is for the cell that trained it; the others take it.
+One network for each dataset and seed, trained at every noise level, as often as `cosine` visits each, draws for all T and
+schedules (`train.shared`): what differs between its cells is how the sampler walks, nothing that was learned. `training s` is
+that of the training for the cell that did it, and of a copy for the others.
 """
 
 _FIGURES = {

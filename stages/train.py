@@ -36,7 +36,7 @@ Loss = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(net, x0, y, t, eps) -> the weighted mean squared error of what the network predicts."""
 
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
-SHARED_LEVELS = ("cosine", 2**16)  # of a shared network: levels so close that any schedule's are among them; cosine reaches +-20
+SHARED_LEVELS = ("cosine", 2**16)  # of a shared network: so close that every schedule's lie among them
 
 
 class Phase(NamedTuple):
@@ -89,12 +89,14 @@ def main(
     with checkpoint.unfinished(names[-1]) as work, tracking.Live(cell) as live:
         losses, so_far = _restore(work, names, names if train.shared else names[:-1], modules, optimizers)
         previews = work / "weights" / "previews"
-        if so_far["step"] == last.end:
-            print(f"{cell}: takes the network that another cell has trained", flush=True)
+        taken = train.shared and so_far["step"] == last.end
+        if taken:
+            print(f"{cell}: takes the network that is trained already", flush=True)
         elif so_far["step"]:
             print(f"{cell}: going on from step {so_far['step']} of {last.end}", flush=True)
         else:
             figures.save_png(previews / f"{0:08d}.png", preview(net_ema, size, diffusion.prediction, alpha_bar))
+        _keep(work, phases, names, so_far["step"], train)  # a kill may have come between the end of a phase and this
         curve, clock, seconds = so_far["curve"], so_far["clock"], so_far["seconds"]
         marked, started = so_far["step"], time.perf_counter()  # since when `seconds` does not count
         saved = started
@@ -142,22 +144,28 @@ def main(
                 marked, started = step, time.perf_counter()
             if step == phase.end or time.perf_counter() - saved >= runtime.checkpoint_seconds:
                 so_far = {"step": step, "curve": curve, "clock": clock, "seconds": seconds + time.perf_counter() - started}
-                over = phases.index(phase) if step == phase.end else None
-                so_far["fingerprint"] = names[-1] if over is None else names[over]
-                checkpoint.save_state(work / STATE, modules, optimizers if over is None else [], losses, **so_far)
-                if over is not None:
-                    checkpoint.finish(work, names[over])
+                over = step == phase.end
+                so_far["fingerprint"] = names[phases.index(phase)] if over else names[-1]
+                checkpoint.save_state(work / STATE, modules, [] if over else optimizers, losses, **so_far)
+                _keep(work, phases, names, step, train)
                 saved = time.perf_counter()
         with whole_folder(paths.weights(str(cell))) as folder:
             shutil.copytree(work / "weights", folder, dirs_exist_ok=True)
             checkpoint.save_tensors(folder / "raw.safetensors", net.state_dict(), **about)
         _write_curve(paths.loss_curve(str(cell)), curve)
-    return {"images_per_sec": round(last.end * train.batch / seconds, 1), "by_step": clock}
+    return {} if taken else {"images_per_sec": round(last.end * train.batch / seconds, 1), "by_step": clock}
 
 
 def _phases(train: params.Train) -> list[Phase]:
     ends = list(itertools.accumulate(math.ceil(images / train.batch) for images in train.images))
     return [Phase(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _keep(work: Path, phases: list[Phase], names: list[str], step: int, train: params.Train) -> None:
+    """Where a phase is over, keep its end for a longer training, or for the cells that share the network, to go on from."""
+    for phase, name in zip(phases, names, strict=True):
+        if step == phase.end and not checkpoint.finished(name).exists():
+            checkpoint.finish(work, name, averages=train.shared)
 
 
 def _fingerprints(
@@ -186,7 +194,9 @@ def _restore(
             print(f"{error}; starting over", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
             continue
-        shutil.copytree(folder, work, dirs_exist_ok=True) if folder != work else None
+        if folder != work:
+            with whole_folder(work) as copy:
+                shutil.copytree(folder, copy, dirs_exist_ok=True)
         return found
     work.mkdir(exist_ok=True)
     return [], {"step": 0, "curve": [], "clock": [], "seconds": 0.0}

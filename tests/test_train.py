@@ -253,15 +253,18 @@ def test_one_phase_more_goes_on_from_the_finished_ones_to_the_same_bits(sections
     assert results()[0]["ema-25.safetensors"] != results()[0]["ema.safetensors"]
 
 
-def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_and_seed(sections, killed_at, capfd):
+def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_and_seed(sections, killed_at, capfd, monkeypatch):
     shared = changed(sections, shared=True)
-    assert killed_at(None, shared) == list(range(1, 9))
+    with monkeypatch.context() as patch:  # killed between the end of the training and keeping it for the others
+        patch.setattr(checkpoint, "finish", Mock(side_effect=Killed))
+        assert killed_at(None, shared) == list(range(1, 9))
+    assert killed_at(None, shared) == []
     first = results()
     for cell in (params.Cell("toy", "linear", 1000, CELL.seed), params.Cell("toy", "cosine", 30, CELL.seed)):
         train.main(cell, *shared)
         assert bits(paths.weights(str(cell))) == first[0]
         assert paths.loss_curve(str(cell)).read_text() == first[1]
-    assert capfd.readouterr().out.count("takes the network that another cell has trained") == 2
+    assert capfd.readouterr().out.count("takes the network that is trained already") == 3
     _, about = checkpoint.load_network(paths.weights(str(CELL)) / "ema.safetensors")
     assert about["train"]["shared"]
     assert about["levels"] == list(train.SHARED_LEVELS)

@@ -97,9 +97,15 @@ def unfinished(name: str) -> Iterator[Path]:
         try:
             yield folder
         except UserError:  # to go on would end the same way
-            shutil.rmtree(folder)
+            _remove(folder)
             raise
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that a kill leaves it whole, or under a name that nothing reads and `make prune` lists."""
+    shutil.rmtree(gone := folder.with_name(f"{folder.name}.gone"), ignore_errors=True)
+    shutil.rmtree(folder.rename(gone))
 
 
 def finished(name: str) -> Path:
@@ -107,10 +113,10 @@ def finished(name: str) -> Path:
     return workspace() / ".state" / "finished" / name
 
 
-def finish(folder: Path, name: str) -> None:
-    """Keep a copy of an unfinished training as a finished one."""
+def finish(folder: Path, name: str, *, averages: bool) -> None:
+    """Keep a copy of an unfinished training, with its averages or without them, as a finished one."""
     with whole_folder(finished(name)) as kept:
-        shutil.copytree(folder, kept, dirs_exist_ok=True)
+        shutil.copytree(folder, kept, dirs_exist_ok=True, ignore=None if averages else shutil.ignore_patterns("ema*"))
 
 
 def save_state(

@@ -244,7 +244,7 @@ class Train(Section):
 
 
 class FastSampler(Section):
-    """The sampler of the headline score: the same number of evaluations in every cell."""
+    """The sampler of the headline score: the same number of steps in every cell."""
 
     sampler: Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun"]
     spacing: Literal["trailing", "leading", "linspace", "even_logsnr", "karras"]
@@ -354,6 +354,15 @@ class Params(Section):
                 )
             if min(self.sweep.timesteps) < 2:
                 raise ValueError("diffusion.zero_terminal_snr = True needs sweep.timesteps of at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_network_knows_the_ends(self) -> "Params":
+        if self.train.shared and self.diffusion.zero_terminal_snr:
+            raise ValueError(
+                "train.shared = True cannot go with diffusion.zero_terminal_snr = True: a zero SNR is one of 65,536 levels "
+                "that a shared network learns, and it would hardly see it; set train.shared: false"
+            )
         return self
 
     @model_validator(mode="after")

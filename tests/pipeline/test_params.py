@@ -122,12 +122,14 @@ def test_a_mistake_is_refused_by_key_value_and_what_is_allowed(tmp_path: Path, d
         ({"fast": {"sampler": "heun", "eta": 0.5}}, ["sample.fast: eta = 0.5", "ddim alone", "'heun'"]),
         ({"diffusion": {"zero_terminal_snr": True, "prediction": "eps"}}, ["zero_terminal_snr = True", "'eps'", "v or x0"]),
         ({"diffusion": {"zero_terminal_snr": True}, "fast": {"spacing": "karras"}}, ["zero_terminal_snr = True", "'karras'"]),
+        ({"diffusion": {"zero_terminal_snr": True}, "train": {"shared": True}}, ["train.shared = True", "train.shared: false"]),
         ({"diffusion": {"zero_terminal_snr": True}, "fast": {"sampler": "heun"}}, ["zero_terminal_snr = True", "'heun'"]),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], says: list[str]) -> None:
     values = copy.deepcopy(VALID)
     values["diffusion"] |= changes.get("diffusion", {})
+    values["train"] |= changes.get("train", {})
     values["sample"]["fast"] |= {"eta": 0.0} | changes.get("fast", {})
     with pytest.raises(UserError) as refused:
         params.load(write(tmp_path, values))

@@ -224,12 +224,12 @@ def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tre
 
     tracking.sync()
     charts = state()["compareRunCharts"]
-    assert [chart["step"] for chart in charts if chart["type"] == "IMAGE"] == [750]  # 48,000 images in batches of 64
+    assert [chart["step"] for chart in charts if chart["type"] == "IMAGE"] == [625]  # 40,000 images in batches of 64
     sections = {section["uuid"] for section in state()["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in charts} <= sections
-    edit("params.yaml", lambda text: text.replace("images: 48000 #", "images: [48000, 24000] #"))
+    edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
     tracking.sync()
-    assert next(chart["step"] for chart in state()["compareRunCharts"] if chart["type"] == "IMAGE") == 1125
+    assert next(chart["step"] for chart in state()["compareRunCharts"] if chart["type"] == "IMAGE") == 938
     mine = json.loads(client.get_experiment("1").tags[view.TAG]) | {"updatedAt": 1, "name": "Mine"}
     client.set_experiment_tag("1", view.TAG, json.dumps(mine))
     tracking.sync()
@@ -274,7 +274,7 @@ def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
 
 def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> None:
     tracking.publish(CELL)
-    edit("params.yaml", lambda text: text.replace("images: 48000 #", "images: [48000, 24000] #"))
+    edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
     tracking.publish(CELL)
     shorter, longer = runs(tree)
     assert "continues" not in shorter.data.tags
