@@ -1,8 +1,8 @@
 """What a cell costs beside its work: process starts, imports, loading, hashing, logging, DVC and MLflow.
 
-Clones the last commit, makes what is there once for each dataset, then a first and a second cell of next to no work: 4 batches of
-training, 64 samples in 2 steps. Seconds of the second cell (train, sample and evaluate), of a `dvc repro` that has nothing
-to do, the most memory of a stage, and what `compare` imports; one JSON line.
+Clones the last commit, makes what is there once for each dataset and a first cell, then three more cells of next to no work: 4
+batches of training, 64 samples in 2 steps. Median seconds of these (train, sample and evaluate), and of a `dvc repro` that has
+nothing to do, on the CPU; does `compare` import torch? One JSON line.
 Run: python benchmarks/fixed_cost.py
 """
 
@@ -24,13 +24,14 @@ sweep: {datasets: [persian_glyphs], schedules: [linear], timesteps: [50, 51, 52,
 data: {persian_glyphs: {size: 28, train_images: 2000, test_images: 1000}}
 extractor: {images: 1024}
 train: {images: 256, warmup_images: 32, validation_images: 32, curve_points: 1}
-sample: {images: 64, ancestral_images: 2, snapshot_images: 2, fast: {steps: 2}}
+sample: {images: 64, ancestral_images: 2, snapshot_images: 8, fast: {steps: 2}}
 evaluate: {images: 2, draws: 1, min_scored: 64}
 """
 CELLS = [f"persian_glyphs-linear-{T}-0" for T in (50, 51, 52, 53)]
 
 
 def main() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "-q", ROOT, f"{folder}/naqsh"], check=True)
         os.chdir(f"{folder}/naqsh")
@@ -51,7 +52,7 @@ def main() -> None:
 def dvc(*targets: str) -> float:
     """Seconds that `dvc repro` of some stages takes."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", *targets], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", *targets], check=True, stdout=sys.stderr)
     return round(time.perf_counter() - start, 1)
 
 

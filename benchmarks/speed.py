@@ -1,11 +1,13 @@
 """Images a second of training and of sampling, beside a U-Net of diffusers, in one run; where the time of a step goes.
 
-Each is timed in turns, three times; medians. One JSON line.
+Each is timed in turns, three times, on the CPU; medians. Our samples take the steps of params.yaml, theirs 50 of DDIM. One JSON
+line.
 Run: python benchmarks/speed.py [PIXELS A SIDE]
 """
 
 import copy
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -132,6 +134,7 @@ def shares(step: Callable[[], int]) -> dict[str, float]:
 
 
 def main(size: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     ours, theirs = naqsh(size), diffusers(size)
     rates: dict[str, list[float]] = {"train": [], "diffusers_train": [], "sample": [], "diffusers_sample": []}
     for step, draw, _ in (ours, theirs):
