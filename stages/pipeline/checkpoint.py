@@ -115,7 +115,7 @@ def finished(name: str) -> Path:
 
 def finish(folder: Path, name: str, *, averages: bool) -> None:
     """Keep a copy of an unfinished training, with its averages or without them, as a finished one."""
-    with whole_folder(finished(name)) as kept:
+    with alone(workspace() / ".state" / "locks" / f"finished-{name}.lock"), whole_folder(finished(name)) as kept:
         shutil.copytree(folder, kept, dirs_exist_ok=True, ignore=None if averages else shutil.ignore_patterns("ema*"))
 
 
