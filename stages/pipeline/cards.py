@@ -3,15 +3,17 @@
 python -m stages.pipeline.cards            `make cards`
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from stages.pipeline import paths
 from stages.pipeline.stage import read_json, whole_file
 
 PAGE, PICTURES = Path("data/README.md"), Path("docs/data")
 MARK = "<!-- What follows is written by `make cards`. -->\n"
+WIDEST = 700  # pixels of a picture: it is in git
 SHORT = 12  # classes, or raw files, that a card shows without being asked
 
 
@@ -23,8 +25,9 @@ def main() -> None:
     for file in sorted(paths.prepared("x").parent.glob("*/dataset.json")):
         name = file.parent.name
         picture = PICTURES / f"{name}.png"
-        with whole_file(picture) as temporary:
-            shutil.copyfile(paths.data_figures(name) / "samples.png", temporary)
+        with whole_file(picture) as temporary, Image.open(paths.data_figures(name) / "samples.png") as image:
+            image.thumbnail((WIDEST, image.height))
+            image.save(temporary, optimize=True)
         cards[name] = card(name, read_json(file), picture)
         print(f"{name}: {PAGE}, {picture}")
     text = "\n\n".join(cards[name].strip() for name in sorted(cards))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from stages.pipeline import cards, paths
 from stages.pipeline.stage import write_json
@@ -34,7 +35,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def prepare(name: str, **changes: object) -> None:
     write_json(paths.prepared(name) / "dataset.json", ABOUT | changes)
     paths.data_figures(name).mkdir(parents=True)
-    (paths.data_figures(name) / "samples.png").write_bytes(b"picture")
+    Image.new("L", (1400, 60), 128).save(paths.data_figures(name) / "samples.png")
 
 
 def test_a_card_says_what_is_known_and_shows_it() -> None:
@@ -53,7 +54,8 @@ def test_a_card_says_what_is_known_and_shows_it() -> None:
         "![Ten images of each class](../docs/data/mine.png)",
     ):
         assert words in page
-    assert (cards.PICTURES / "mine.png").read_bytes() == b"picture"
+    with Image.open(cards.PICTURES / "mine.png") as picture:
+        assert picture.size == (700, 30)
 
 
 def test_cards_come_in_order_and_those_of_other_datasets_stay() -> None:
