@@ -23,6 +23,9 @@ Noise = Callable[[int], Tensor]
 
 Steps = Iterator[tuple[Tensor, Tensor]]
 
+Before = tuple[Tensor, Tensor]
+"""x0_hat of the step before, and half of how far that step went in log-SNR."""
+
 
 def ddpm(
     denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise, *, variance: Literal["posterior", "beta"] = "posterior"
@@ -73,17 +76,42 @@ def dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -
 
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
     """
-    x0_before, h_before = None, torch.tensor(math.inf, dtype=torch.float64)
+    before = None
     for _, a, a_next in _steps(path):
         x0_hat = denoise(x, a)
-        h = (logsnr(a_next) - logsnr(a)) / 2
-        ahead = x0_hat
-        if x0_before is not None and a_next < 1:
-            ahead = x0_hat + float(h / (2 * h_before)) * (x0_hat - x0_before)
+        ahead, before = _ahead(x0_hat, a, a_next, before)
         ratio = ((1 - a_next) / (1 - a)).sqrt()
         x = float(ratio) * x + float(a_next.sqrt() - ratio * a.sqrt()) * ahead
-        x0_before, h_before = x0_hat, h
         yield x, x0_hat
+
+
+def sde_dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -> Steps:
+    """DPM-Solver++ (2M) of the reverse SDE: ancestral sampling around the x0_hat that DPM-Solver++ looks ahead to.
+
+    As ddpm with the variance of the posterior, which it is where there is nothing to look ahead from, but of second order in
+    what the network believes: as good in few steps as ddpm in half as many again.
+
+    Args: as for ddpm.
+
+    Source: Lu et al. 2022 (DPM-Solver++), the multistep second-order solver of the diffusion SDE.
+    """
+    before = None
+    for after, a, a_next in _steps(path):
+        x0_hat = denoise(x, a)
+        ahead, before = _ahead(x0_hat, a, a_next, before)
+        mean, variance = q_posterior(ahead, x, a, a_next)
+        x = mean if a_next == 1 else mean + float(variance.sqrt()) * noise(after)
+        yield x, x0_hat
+
+
+def _ahead(x0_hat: Tensor, a: Tensor, a_next: Tensor, before: Before | None) -> tuple[Tensor, Before]:
+    """x0_hat drawn on to the middle of the step, in log-SNR, from the step before; and what the next step needs of this one."""
+    h = (logsnr(a_next) - logsnr(a)) / 2
+    ahead = x0_hat
+    if before is not None and a_next < 1:
+        x0_before, h_before = before
+        ahead = x0_hat + float(h / (2 * h_before)) * (x0_hat - x0_before)
+    return ahead, (x0_hat, h)
 
 
 def heun(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -> Steps:
@@ -110,7 +138,13 @@ def heun(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -> Steps:
         yield x, x0_hat
 
 
-SAMPLERS: dict[str, Callable[..., Steps]] = {"ddpm": ddpm, "ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m, "heun": heun}
+SAMPLERS: dict[str, Callable[..., Steps]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver_pp_2m": dpm_solver_pp_2m,
+    "sde_dpm_solver_pp_2m": sde_dpm_solver_pp_2m,
+    "heun": heun,
+}
 
 
 def trailing(alpha_bar: Tensor, steps: int) -> Tensor:

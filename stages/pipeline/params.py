@@ -246,7 +246,7 @@ class Train(Section):
 class FastSampler(Section):
     """The sampler of the headline score: the same number of steps in every cell."""
 
-    sampler: Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun"]
+    sampler: Literal["ddpm", "ddim", "dpm_solver_pp_2m", "sde_dpm_solver_pp_2m", "heun"]
     spacing: Literal["trailing", "leading", "linspace", "even_logsnr", "karras"]
     steps: Count
     eta: Fraction

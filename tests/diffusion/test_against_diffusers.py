@@ -24,6 +24,9 @@ PAIRS = {
     "DDIM, eta 0": ("ddim", {"eta": 0.0}, "DDIMScheduler", {}, {"eta": 0.0, "use_clipped_model_output": True}),
     "DDIM, eta 0.7": ("ddim", {"eta": 0.7}, "DDIMScheduler", {}, {"eta": 0.7, "use_clipped_model_output": True}),
     "DPM-Solver++ (2M)": ("dpm_solver_pp_2m", {}, "DPMSolverMultistepScheduler", {}, {}),
+    "DPM-Solver++ (2M) of the SDE": (
+        "sde_dpm_solver_pp_2m", {}, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {},
+    ),
 }
 
 
@@ -89,11 +92,11 @@ def chain_difference(pair, schedule, prediction, clip, steps, *, float64=True, s
         scheduler.sigmas = ((1 - levels) / levels).sqrt()
     x = start()
     draws = [start(seed=k) for k in range(steps)]
-    # Its only way in for noise is a generator; ours is handed what that generator would give.
+    # The only way in for noise of most of theirs is a generator; ours is handed what that generator would give.
     rngs = [torch.Generator().manual_seed(k) for k in range(steps)]
     their_x = x
     for k, t in enumerate(scheduler.timesteps):
-        rng = {} if name.startswith("DPM") else {"generator": rngs[k]}
+        rng = {"variance_noise": draws[k]} if name.startswith("DPM") else {"generator": rngs[k]}
         output = network(their_x, logsnr(alpha_bar[t])).to(their_x.dtype)
         their_x = scheduler.step(output, t, their_x, **rng, **step_options).prev_sample
     denoise = denoiser(lambda x, level, y: network(x, level[0]), prediction, torch.zeros(3).long(), unlabelled=0, clip=clip)
@@ -173,3 +176,5 @@ def test_known_bad_variants_are_caught(monkeypatch):
     assert step_difference("swapped", "linear", "v", True, T // 2) > 1e-4
     assert chain_difference("DDIM, eta 0", "linear", "v", True, 20, spacing="linspace") > 1e-3
     assert chain_difference("DPM-Solver++ (2M)", "linear", "v", True, 20, spacing="leading") > 1e-3
+    monkeypatch.setitem(PAIRS, "first order", ("ddpm", *PAIRS["DPM-Solver++ (2M) of the SDE"][1:]))
+    assert chain_difference("first order", "linear", "v", True, 20) > 1e-3
