@@ -118,7 +118,7 @@ def main(
             torch.nn.utils.clip_grad_norm_(weights, train.grad_clip)
             lr = learning_rate(step_of_phase, phase.end - phase.begin, train)
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = lr
+                optimizer.param_groups[0]["lr"] = lr * optimizer.defaults["lr"] / train.lr
                 optimizer.step()
             net.zero_grad()
             ema.update(averages, weights, step=step_of_phase, halflife=train.ema_halflife)
@@ -203,11 +203,11 @@ def _restore(
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:
-    """Learning rate of a step, 1..steps: linear warm-up times a cosine that reaches zero after the last step, or halvings."""
+    """Learning rate of a step, 1..steps: linear warm-up times a line that reaches zero after the last step, or halvings."""
     warmup = min(1.0, step * train.batch / max(train.warmup_images, 1))
     if train.halve_lr_every:
         return train.lr * warmup * 0.5 ** ((step - 1) * train.batch // train.halve_lr_every)
-    return train.lr * warmup * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+    return train.lr * warmup * (1 - (step - 1) / steps)
 
 
 def batch_of_step(step: int, batch: int, n: int, seed: int) -> Tensor:
@@ -229,14 +229,17 @@ def stratified_timesteps(batch: int, T: int, rng: torch.Generator) -> Tensor:
 
 
 def _optimizers(net: UNet, train: params.Train) -> list[torch.optim.Optimizer]:
-    """Muon for the convolutions between stem and head, AdamW for all else: ends, embeddings, biases, norms. Or Adam for all."""
+    """Muon for the convolutions between stem and head, AdamW at twice its rate for all else: ends, embeddings, biases, norms.
+
+    Or Adam for all.
+    """
     if train.optimizer == "adam":
         return [torch.optim.Adam(net.parameters(), lr=train.lr, fused=True)]
     inner = [weight for part in (net.down, net.middle, net.up) for weight in part.parameters() if weight.ndim == 4]
     taken = {id(weight) for weight in inner}
     rest = [weight for weight in net.parameters() if id(weight) not in taken]
     adamw = torch.optim.AdamW(rest, lr=train.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    return [Muon(inner, lr=train.lr), adamw]
+    return [Muon(inner, lr=train.lr / 2), adamw]
 
 
 @functools.lru_cache(maxsize=2)
