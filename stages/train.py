@@ -295,7 +295,8 @@ def _set_kernels(deterministic: bool) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not deterministic
-    torch.use_deterministic_algorithms(deterministic and torch.cuda.is_available())
+    if deterministic and torch.cuda.is_available():  # the call alone imports torch's compiler, for seconds
+        torch.use_deterministic_algorithms(True)
 
 
 def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:

@@ -211,7 +211,7 @@ def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) ->
     assert [step for step, _ in history(tree, run, "images_per_sec")] == [1, 2]
     assert history(tree, run, "snapshot_fid") == [(2, 20.0)]
     assert previews(tree, run) == [1, 2]
-    assert run.data.params["train.lr"] == "0.006"
+    assert run.data.params["train.lr"] == "0.018"
 
 
 def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tree: Path) -> None:
