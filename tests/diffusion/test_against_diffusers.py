@@ -17,6 +17,7 @@ from stages.diffusion.schedules import SCHEDULES, without_signal_at_the_end
 
 T = 200
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 # Our sampler and its options; theirs, its options, and those of its step.
 PAIRS = {
     "DDPM, posterior variance": ("ddpm", {"variance": "posterior"}, "DDPMScheduler", {"variance_type": "fixed_small"}, {}),
@@ -24,9 +25,7 @@ PAIRS = {
     "DDIM, eta 0": ("ddim", {"eta": 0.0}, "DDIMScheduler", {}, {"eta": 0.0, "use_clipped_model_output": True}),
     "DDIM, eta 0.7": ("ddim", {"eta": 0.7}, "DDIMScheduler", {}, {"eta": 0.7, "use_clipped_model_output": True}),
     "DPM-Solver++ (2M)": ("dpm_solver_pp_2m", {}, "DPMSolverMultistepScheduler", {}, {}),
-    "DPM-Solver++ (2M) of the SDE": (
-        "sde_dpm_solver_pp_2m", {}, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {},
-    ),
+    "DPM-Solver++ (2M) of the SDE": ("sde_dpm_solver_pp_2m", {}, "DPMSolverMultistepScheduler", SDE, {}),
 }
 
 
