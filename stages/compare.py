@@ -77,8 +77,11 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
         ]
 
     def loss(dataset: str) -> list[Line]:
-        lines = [(str(cell), results.loss_lines(curve)[1]) for cell, curve in curves.items() if cell.dataset == dataset]
-        return [Line(name.removeprefix(f"{dataset}-"), line.x, line.y) for name, line in lines]
+        points = {cell: [row for row in curve if "val_loss" in row] for cell, curve in curves.items() if cell.dataset == dataset}
+        return [
+            Line(str(cell).removeprefix(f"{dataset}-"), [row["images"] for row in found], [row["val_loss"] for row in found])
+            for cell, found in points.items()
+        ]
 
     def by_logsnr(dataset: str) -> list[Line]:
         return [_loss_by_logsnr(cell, row) for cell, row in rows.items() if cell.dataset == dataset]

@@ -185,9 +185,16 @@ def test_data_deps_are_made_by_an_earlier_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "heavy"), [("stages.compare", "torch"), ("stages.pipeline.plan", "torch"), ("stages.pipeline.tracking", "mlflow")]
+    ("statement", "heavy"),
+    [
+        ("import stages.compare", "torch"),
+        ("import stages.pipeline.plan", "torch"),
+        ("import stages.pipeline.tracking", "mlflow"),
+        ("import stages.evaluate", "matplotlib"),
+        ("from stages import train; train._set_kernels(deterministic=False)", "torch._inductor"),
+    ],
 )
-def test_what_only_reads_tables_starts_without_what_is_slow_to_import(module: str, heavy: str) -> None:
-    code = f"import sys, {module}; print({heavy!r} in sys.modules)"
+def test_starts_without_what_is_slow_to_import_and_not_needed(statement: str, heavy: str) -> None:
+    code = f"import sys; {statement}; print({heavy!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"

@@ -6,7 +6,6 @@ from typing import Any
 
 from stages import UserError
 from stages.pipeline import paths
-from stages.pipeline.figures import Line
 from stages.pipeline.params import Cell
 from stages.pipeline.stage import read_json
 
@@ -76,14 +75,6 @@ def clocked_by_step(cell: Cell) -> list[dict[str, float]]:
     """What training measured with a clock at each report; nothing where it was not recorded."""
     path = paths.timing("train", str(cell))
     return read_json(path).get("by_step", []) if path.exists() else []
-
-
-def loss_lines(curve: list[dict[str, float]]) -> list[Line]:
-    """The two losses of a curve, by images seen, ready to plot."""
-    return [
-        Line(name.replace("_", " "), [row["images"] for row in curve if name in row], [row[name] for row in curve if name in row])
-        for name in ("train_loss", "val_loss")
-    ]
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

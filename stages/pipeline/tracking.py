@@ -15,7 +15,6 @@ import queue
 import re
 import sqlite3
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +26,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from stages import UserError
-from stages.pipeline import figures, params, paths, provenance, results, sources, view
+from stages.pipeline import params, paths, provenance, results, sources, view
 from stages.pipeline.params import Cell
 from stages.pipeline.provenance import Tree, content_hash, workspace
 
@@ -371,10 +370,6 @@ def _write_files(client: "MlflowClient", run_id: str, record: _Record) -> None:
 
     for path, folder in record.files:
         client.log_artifact(run_id, str(path), folder)
-    with tempfile.TemporaryDirectory() as folder:
-        picture, lines = Path(folder) / "loss.png", results.loss_lines(results.loss_curve(record.cell))
-        figures.save_lines(picture, {str(record.cell): lines}, x="images", y="loss", log_y=True)
-        client.log_artifact(run_id, str(picture))
     raw = Dataset(record.cell.dataset, record.raw_digest, "local", json.dumps({"uri": str(paths.raw(record.cell.dataset))}))
     client.log_inputs(run_id, [DatasetInput(raw, [InputTag("mlflow.data.context", "training")])])
 

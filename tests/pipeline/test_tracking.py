@@ -329,4 +329,4 @@ def test_artifacts_lie_in_the_workspace(tree: Path) -> None:
     root = Path(run.info.artifact_uri)
     names = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert tree / "mlruns" in root.parents
-    assert {"samples/grid.png", "samples/denoising.gif", "data/dataset.json", "loss.png"} <= names
+    assert {"samples/grid.png", "samples/denoising.gif", "data/dataset.json"} <= names
