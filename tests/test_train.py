@@ -146,12 +146,27 @@ def test_timesteps_are_stratified_and_uniform():
     assert train.stratified_timesteps(5, 1, rng).tolist() == [0] * 5
 
 
-def test_learning_rate_warms_up_and_ends_near_zero(sections):
-    options = sections[2]
+def test_learning_rate_warms_up_and_falls_to_zero_on_a_line(sections):
+    options = sections[2]  # a warm-up of two steps
+    rates = [train.learning_rate(step, 8, options) / options.lr for step in range(1, 10)]
+    assert rates == pytest.approx([1 / 2, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+
+
+def test_every_optimizer_steps_at_its_share_of_the_learning_rate(sections, monkeypatch):
+    diffusion, network, options, runtime = sections
+    used = {}
+    for kind in (train.Muon, torch.optim.AdamW):
+        step = kind.step
+
+        def watched(self, *args, step=step, **kwargs):
+            used.setdefault(type(self).__name__, []).append(self.param_groups[0]["lr"])
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "step", watched)
+    train.main(CELL, diffusion, network, options, runtime)
     rates = [train.learning_rate(step, 8, options) for step in range(1, 9)]
-    assert rates[0] == pytest.approx(options.lr / 2)
-    assert max(rates) == rates[1] < options.lr
-    assert 0 < rates[-1] < 0.05 * options.lr
+    assert used["AdamW"] == pytest.approx(rates)
+    assert used["Muon"] == pytest.approx([rate / 2 for rate in rates])
 
 
 def test_learning_rate_may_be_halved_every_so_many_images(sections):
