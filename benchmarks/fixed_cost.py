@@ -1,8 +1,8 @@
 """What a cell costs beside its work: process starts, imports, loading, hashing, logging, DVC and MLflow.
 
 Clones the last commit, makes what is there once for each dataset and a first cell, then three more cells of next to no work in one
-`dvc repro`: 4 batches of training, 64 samples in 2 steps. Seconds of a cell (train, sample and evaluate, a third of the three) and of
-a `dvc repro` that has nothing to do, on the CPU; does `compare` import torch? One JSON line.
+`dvc repro`: 4 batches of training, 64 samples in 2 steps. Seconds of a cell (train, sample and evaluate, a third of the three) and
+of a `dvc repro` that has nothing to do, on the CPU; does `compare` import torch? One JSON line.
 Run: python benchmarks/fixed_cost.py
 """
 
@@ -45,7 +45,8 @@ def main() -> None:
             name: json.loads(Path(f"metrics/timing/{name}/{CELLS[1]}.json").read_text()) for name in ("train", "sample", "evaluate")
         }
         stages = {f"{name}_seconds": of["seconds"] for name, of in timing.items()}
-    result = {"cell_seconds": round(cells, 1), "idle_repro_seconds": idle[1], **stages, "compare_imports_torch": imports_torch("compare")}
+    result = {"cell_seconds": round(cells, 1)}
+    result |= {"idle_repro_seconds": idle[1], **stages, "compare_imports_torch": imports_torch("compare")}
     print(json.dumps(result | {"cores": len(os.sched_getaffinity(0))}))
 
 

@@ -2,7 +2,8 @@
 
 Clones the last commit, measures how fast the recipe trains here, gives it as many images as fit into the seconds, runs cells
 mnist-cosine-1000-SEED with `dvc repro`. The baseline trains for as long (unconditional, eps, linear betas, AdamW 1e-3, batch 64),
-is sampled with DDIM in 50 steps, at most 1,000 times because that is slow, and is scored by the same code. On the CPU. One JSON line.
+is sampled with DDIM in 50 steps, at most 1,000 times because that is slow, and is scored by the same code. On the CPU. One JSON
+line.
 Run: python benchmarks/quality.py [SECONDS [SAMPLES [SEED ...]]], at least 1,000 samples
 """
 
