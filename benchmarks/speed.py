@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from stages import train as stage  # noqa: E402
 from stages.diffusion.schedules import noise_levels  # noqa: E402
 from stages.networks import ema  # noqa: E402
+from stages.networks.balance import Balance  # noqa: E402
 from stages.networks.unet import UNet  # noqa: E402
 from stages.pipeline import params  # noqa: E402
 from stages.pipeline.checkpoint import save_tensors  # noqa: E402
@@ -48,13 +49,13 @@ def naqsh(size: int) -> tuple[Callable[[], int], Callable[[], int], int]:
     weights, averages = list(net.parameters()), list(average.parameters())
     how = {"size": size, **loaded.diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})}
     alpha_bar = torch.from_numpy(noise_levels("cosine", T, **how))
-    loss_of, optimizers = stage._loss(loaded.diffusion, alpha_bar, loaded.train.precision), stage._optimizers(net, loaded.train)
-    rng, batch = torch.Generator().manual_seed(0), loaded.train.batch
+    errors_of, optimizers = stage._errors(loaded.diffusion, alpha_bar, loaded.train.precision), stage._optimizers(net, loaded.train)
+    balance, rng, batch = Balance(T), torch.Generator().manual_seed(0), loaded.train.batch
     images, labels = torch.rand(batch, 1, size, size) * 2 - 1, torch.arange(batch) % CLASSES
 
     def step() -> int:
-        loss = loss_of(net, images, labels, stage.stratified_timesteps(batch, T, rng), torch.randn(images.shape, generator=rng))
-        loss.backward()
+        t, eps = stage.stratified_timesteps(batch, T, rng), torch.randn(images.shape, generator=rng)
+        balance(errors_of(net, images, labels, t, eps), t).mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, loaded.train.grad_clip)
         for optimizer in optimizers:
             optimizer.step()

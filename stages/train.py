@@ -26,14 +26,15 @@ from stages.datasets.images import to_float
 from stages.diffusion import process
 from stages.diffusion.schedules import noise_levels
 from stages.networks import ema
+from stages.networks.balance import Balance
 from stages.networks.muon import Muon
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, figures, params, paths, tracking
 from stages.pipeline.preview import preview
 from stages.pipeline.stage import peak_memory, progress, read_json, run, whole_file, whole_folder
 
-Loss = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(net, x0, y, t, eps) -> the weighted mean squared error of what the network predicts."""
+Errors = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(net, x0, y, t, eps) -> (B,) mean squared errors of what the network predicts, by fixed weights where there are such."""
 
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
 SHARED_LEVELS = ("cosine", 2**16)  # of a shared network: so close that every schedule's lie among them
@@ -75,8 +76,8 @@ def main(
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     weights, averages = list(net.parameters()), list(net_ema.parameters())
-    modules, optimizers = {"net": net, "ema": net_ema}, _optimizers(net, train)
-    loss_of = _loss(diffusion, alpha_bar, train.precision)
+    modules: dict[str, nn.Module] = {"net": net, "ema": net_ema, "balance": Balance(T).to(device)}
+    optimizers, errors_of = _optimizers(net, train), _errors(diffusion, alpha_bar, train.precision)
 
     # What happens when.
     phases = _phases(train)
@@ -113,8 +114,8 @@ def main(
             t = stratified_timesteps(len(y), T, rng)
             eps = torch.randn(x0.shape, device=device, generator=rng)
 
-            loss = loss_of(net, x0, y, t, eps)
-            loss.backward()
+            errors = errors_of(net, x0, y, t, eps)
+            (modules["balance"](errors, t) if diffusion.weighting == "balanced" else errors).mean().backward()
             torch.nn.utils.clip_grad_norm_(weights, train.grad_clip)
             lr = learning_rate(step_of_phase, phase.end - phase.begin, train)
             for optimizer in optimizers:
@@ -122,14 +123,14 @@ def main(
                 optimizer.step()
             net.zero_grad()
             ema.update(averages, weights, step=step_of_phase, halflife=train.ema_halflife)
-            losses.append(loss.detach())
+            losses.append(errors.detach().mean())
 
             if step in report_at or step in snapshot_at:
                 train_loss = _finite_mean(losses, step)
                 elapsed = time.perf_counter() - started
                 seconds += elapsed
                 if step in report_at:
-                    val_loss = _validate(loss_of, net_ema, val_images, val_labels, T)
+                    val_loss = _validate(errors_of, net_ema, val_images, val_labels, T)
                     row = {"step": step, "images": step * train.batch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
                     curve.append({key: float(f"{value:.6g}") for key, value in row.items()})
                     rate = (step - marked) * train.batch / elapsed
@@ -256,27 +257,28 @@ def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tens
     return images[:-held_out], labels[:-held_out], images[-held_out:], labels[-held_out:]
 
 
-def _loss(diffusion: params.Diffusion, alpha_bar: Tensor, precision: params.Precision) -> Loss:
-    weights = process.loss_weights(diffusion.weighting, diffusion.prediction, alpha_bar)
+def _errors(diffusion: params.Diffusion, alpha_bar: Tensor, precision: params.Precision) -> Errors:
+    fixed = "simple" if diffusion.weighting == "balanced" else diffusion.weighting
+    weights = process.loss_weights(fixed, diffusion.prediction, alpha_bar)
 
-    def loss_of(net: UNet, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def errors_of(net: UNet, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         a = alpha_bar[t]
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = net(process.q_sample(x0, a, eps), process.logsnr(a), y)
         errors = (output.float() - process.target(diffusion.prediction, x0, eps, a)).square().flatten(1).mean(1)
-        return (weights[t].float() * errors).mean()
+        return weights[t].float() * errors
 
-    return loss_of
+    return errors_of
 
 
 @torch.no_grad()
-def _validate(loss_of: Loss, net: UNet, images: Tensor, labels: Tensor, T: int) -> float:
+def _validate(errors_of: Errors, net: UNet, images: Tensor, labels: Tensor, T: int) -> float:
     """Loss on the held-out images, always with the same noise and timesteps."""
     rng = torch.Generator(images.device).manual_seed(0)
     t = stratified_timesteps(len(images), T, rng)
     eps = torch.randn(images.shape, device=images.device, generator=rng)
     chunks = zip(to_float(images).split(256), labels.split(256), t.split(256), eps.split(256), strict=True)
-    return sum(float(loss_of(net, *chunk)) * len(chunk[0]) for chunk in chunks) / len(images)
+    return sum(float(errors_of(net, *chunk).sum()) for chunk in chunks) / len(images)
 
 
 def _finite_mean(losses: list[Tensor], step: int) -> float:

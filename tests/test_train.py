@@ -34,7 +34,7 @@ def sections(tmp_path, monkeypatch):
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
     return (
-        params.Diffusion(prediction="v", weighting="simple", reference_size=8, zero_terminal_snr=False),
+        params.Diffusion(prediction="v", weighting="balanced", reference_size=8, zero_terminal_snr=False),
         params.Network(**network, conditional=True),
         params.Train(**options),
         params.Runtime(experiment="test", checkpoint_seconds=0.0),
@@ -184,13 +184,13 @@ def test_the_original_recipe_trains_without_an_average_under_adam(sections):
     assert all(torch.equal(average[name], raw[name]) for name in raw)
 
 
-@pytest.mark.parametrize("weighting", ["min_snr", "variational"])
+@pytest.mark.parametrize("weighting", ["simple", "min_snr", "variational"])
 def test_a_weighting_changes_what_is_learnt(sections, weighting):
     train.main(CELL, *sections)
-    simple = bits(paths.weights(str(CELL)))
+    balanced = bits(paths.weights(str(CELL)))
     diffusion = sections[0].model_copy(update={"weighting": weighting, "zero_terminal_snr": True})
     train.main(CELL, diffusion, *sections[1:])
-    assert bits(paths.weights(str(CELL)))["ema.safetensors"] != simple["ema.safetensors"]
+    assert bits(paths.weights(str(CELL)))["ema.safetensors"] != balanced["ema.safetensors"]
 
 
 @pytest.mark.parametrize("last", [1, 2, 4, 7])

@@ -182,7 +182,7 @@ class Diffusion(Section):
     """Choices of the process that training and sampling share."""
 
     prediction: Literal["eps", "x0", "v"]
-    weighting: Literal["simple", "min_snr", "variational"]
+    weighting: Literal["simple", "balanced", "min_snr", "variational"]
     reference_size: Count | None
     zero_terminal_snr: bool
 
