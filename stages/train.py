@@ -204,11 +204,11 @@ def _restore(
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:
-    """Learning rate of a step, 1..steps: linear warm-up times a line that reaches zero after the last step, or halvings."""
+    """Learning rate of a step, 1..steps: linear warm-up times the square root of what is left of the phase, or halvings."""
     warmup = min(1.0, step * train.batch / max(train.warmup_images, 1))
     if train.halve_lr_every:
         return train.lr * warmup * 0.5 ** ((step - 1) * train.batch // train.halve_lr_every)
-    return train.lr * warmup * (1 - (step - 1) / steps)
+    return train.lr * warmup * (1 - (step - 1) / steps) ** 0.5
 
 
 def batch_of_step(step: int, batch: int, n: int, seed: int) -> Tensor:
