@@ -21,7 +21,7 @@ def test_every_link_leads_somewhere(page):
         path = page.parent / target
         assert path.exists(), f"{page.name} links to {target}"
         if code and path.suffix == ".py" and not name.endswith(".py"):
-            assert re.search(rf"^def {re.escape(name)}\(", path.read_text(), re.MULTILINE), f"{target} has no function {name}"
+            assert re.search(rf"^(def|class) {re.escape(name)}\b", path.read_text(), re.MULTILINE), f"{target} has no {name}"
 
 
 def test_the_student_page_links_every_schedule_and_sampler():
