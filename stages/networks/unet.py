@@ -138,7 +138,9 @@ class Template(nn.Module):
 
     def forward(self, y: Tensor, emb: Tensor) -> Tensor:
         """(B, C, side, side) from labels y (B,) and emb (B, E)."""
-        return self.pictures[y] * (1 + self.gain(emb))[:, :, None, None]
+        # Not pictures[y]: on a CPU its threads would add up the gradients of a label in the order in which they happen to come.
+        pictures = F.embedding(y, self.pictures.flatten(1)).unflatten(1, self.pictures.shape[1:])
+        return pictures * (1 + self.gain(emb))[:, :, None, None]
 
 
 class Attention(nn.Module):

@@ -77,3 +77,14 @@ def test_halflife_is_a_fraction_of_the_steps():
         ema.update(average, [torch.ones(1)], step=step, halflife=0.05)
     # The half-life grows from 50.05 to 52.5 steps meanwhile, so 50 steps leave 2^(-50/52.5) to 2^(-50/50.05) of the start.
     assert 0.48 <= average[0].item() <= 0.5
+
+
+@pytest.mark.skipif(torch.get_num_threads() == 1, reason="one thread adds up in one order")
+def test_gradients_of_a_whole_batch_are_the_same_bits_every_time():
+    """Some kernels add up in the order in which their threads come, once there is enough to add up to be worth threads."""
+    net = build(28, base_channels=32, attention_levels=[1])
+    x, logsnr, y = inputs(28, n=64)
+    first = torch.autograd.grad(net(x, logsnr, y).square().mean(), list(net.parameters()))
+    for _ in range(10):
+        again = torch.autograd.grad(net(x, logsnr, y).square().mean(), list(net.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
