@@ -27,7 +27,7 @@ from stages.pipeline import params, paths, tracking
 from stages.pipeline.checkpoint import load_classifier, load_network, load_tensors
 from stages.pipeline.stage import progress, read_json, run, write_json
 
-LOSS_CHUNK = 256  # images per call of the network
+LOSS_CHUNK = 256  # images at a time, for the network and for the likelihood
 
 Score = dict[str, float | None]
 
@@ -141,7 +141,9 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     # The bound: the decoder stands for t = 0, which counts for nothing among the steps. Draws of one image are no new images.
     drawn = zip(x0_errors[len(draws) :], bound_t, strict=False)
     steps = torch.stack([step_kl(error, table[t], table[t - 1]) / chance[t] for error, t in drawn]).mean(0)
-    parts = {"prior": prior_kl(x0, table[-1]), "steps": steps, "decoder": decoder_nll(x0, x0_hat, alpha_bar)}
+    chunks = zip(x0.split(LOSS_CHUNK), x0_hat.split(LOSS_CHUNK), alpha_bar.split(LOSS_CHUNK), strict=True)
+    decoder = torch.cat([decoder_nll(*chunk) for chunk in chunks])
+    parts = {"prior": prior_kl(x0, table[-1]), "steps": steps, "decoder": decoder}
     return {
         "eps_mse": _mean(torch.stack(eps_errors[: len(draws)]).mean(0)),
         "bits_per_dim": _mean(sum(parts.values(), torch.zeros(())) / math.log(2)),
