@@ -17,7 +17,7 @@ help: ## this list
 
 repro: $(VENV)/.installed ## make every result that is missing or out of date, record it in MLflow, print the comparison
 	@$(ENTER) python -m stages.pipeline.plan plan && { \
-	  dvc repro --keep-going; code=$$?; \
+	  python -m stages.pipeline.warm dvc repro --keep-going; code=$$?; \
 	  python -m stages.pipeline.tracking; python -m stages.pipeline.plan table; exit $$code; }
 
 test: $(VENV)/.installed-dev ## the quick tests

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import inspect
 import json
 import os
@@ -20,7 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from stages import UserError
-from stages.pipeline import params, paths
+from stages.pipeline import params, paths, warm
 
 
 def run(main: Callable[..., dict[str, Any] | None]) -> None:
@@ -43,7 +42,9 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
         if args.dry_run:
             print(json.dumps(arguments, default=_plain, indent=2))
             return
-        _end_with_dvc()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in good order
+        if "DVC_STAGE" in os.environ:
+            warm.end_with_parent()
         with _told_to_mlflow(arguments.get("cell"), stage), alone(Path(f".state/locks/{stage}-{getattr(args, 'name', '')}.lock")):
             start = time.perf_counter()
             measured = main(**arguments)
@@ -54,14 +55,6 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
         sys.exit(f"{stage}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _end_with_dvc() -> None:
-    """End in good order on SIGTERM; and, under DVC on Linux, get one when DVC is killed, so that no orphan goes on writing."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if "DVC_STAGE" in os.environ and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 @contextlib.contextmanager

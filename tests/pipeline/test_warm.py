@@ -1,0 +1,132 @@
+"""Stages forked from a warm process behave as those that start by themselves."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.pipeline import warm
+
+ROOT = Path(__file__).parents[2]
+PROBE = """
+import json, os, sys, time
+from pathlib import Path
+from stages import UserError
+
+told = sys.argv[1]
+if told == "sleep":
+    Path("pid").write_text(str(os.getpid()))
+    print(flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        sys.exit(130)
+elif told == "refuse":
+    sys.exit("probe: refused")
+elif told == "crash":
+    raise RuntimeError("crashed")
+about = {"arguments": sys.argv[1:], "name": Path(sys.argv[0]).stem, "cwd": os.getcwd(), "greeting": os.environ.get("GREETING")}
+print(json.dumps(about | {"warm": "wave" in sys.modules, "asks": "NAQSH_WARM" in os.environ, "code": 1}))
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stages are forked on Linux alone")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with the project's plumbing, but for a library that is soon imported, and one stage that tells of itself."""
+    (tmp_path / "stages" / "pipeline").mkdir(parents=True)
+    for name in ("__init__.py", "pipeline/warm.py"):
+        shutil.copy(ROOT / "stages" / name, tmp_path / "stages" / name)
+    plumbing = tmp_path / "stages" / "pipeline" / "warm.py"
+    plumbing.write_text(
+        re.sub(r"^LIBRARIES = \(.*?^\)", 'LIBRARIES = ("wave",)', plumbing.read_text(), flags=re.MULTILINE | re.DOTALL)
+    )
+    (tmp_path / "stages" / "probe.py").write_text(PROBE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def under_warm(command: str) -> subprocess.CompletedProcess[str]:
+    shell = ["sh", "-c", command.replace("python", sys.executable)]
+    return subprocess.run([sys.executable, "-m", "stages.pipeline.warm", *shell], capture_output=True, text=True, check=False)
+
+
+def started(command: str) -> tuple[subprocess.Popen[str], int]:
+    """A stage that sleeps under a warm process: that process, and the process id of the stage."""
+    shell = ["sh", "-c", command.replace("python", sys.executable)]
+    process = subprocess.Popen([sys.executable, "-m", "stages.pipeline.warm", *shell], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.readline()
+    return process, int(Path("pid").read_text())
+
+
+def is_gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_fork_has_the_libraries_and_all_that_a_process_of_its_own_has(workspace: Path) -> None:
+    (workspace / "sub").mkdir()
+    alone = subprocess.run([sys.executable, "-m", "stages.probe", "a", "b c"], capture_output=True, text=True, check=True)
+    forked = under_warm("GREETING=salam python -m stages.probe a 'b c'")
+    own = json.loads(alone.stdout)
+    assert own == {"arguments": ["a", "b c"], "name": "probe", "cwd": str(workspace), "greeting": None, "warm": False,
+                   "asks": False, "code": 1}  # fmt: skip
+    assert json.loads(forked.stdout) == own | {"warm": True, "greeting": "salam"}
+    assert forked.returncode == 0
+
+
+def test_code_that_changes_meanwhile_is_what_runs(workspace: Path) -> None:
+    edit = 'sed -i \'s/"code": 1/"code": 2/\' stages/probe.py'
+    told = under_warm(f"python -m stages.probe a && {edit} && python -m stages.probe a").stdout.splitlines()
+    assert [json.loads(line)["code"] for line in told] == [1, 2]
+
+
+@pytest.mark.parametrize(("told", "code", "says"), [("refuse", 1, "probe: refused\n"), ("crash", 1, "RuntimeError: crashed\n")])
+def test_an_error_arrives(workspace: Path, told: str, code: int, says: str) -> None:
+    ended = under_warm(f"python -m stages.probe {told}")
+    assert ended.returncode == code
+    assert ended.stderr.endswith(says)
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [("INT", 130), ("TERM", 143)])
+def test_signals_reach_the_fork(workspace: Path, number: str, code: int) -> None:
+    process, stage = started(f"python -m stages.probe sleep & while ! test -s pid; do sleep 0.1; done; kill -{number} $!; wait $!")
+    assert process.wait(30) == code
+    assert is_gone(stage)
+
+
+def test_a_fork_does_not_outlive_who_asked(workspace: Path) -> None:
+    process, stage = started("python -m stages.probe sleep & while ! test -s pid; do sleep 0.1; done; kill -KILL $!; wait $!")
+    assert process.wait(30) == 128 + signal.SIGKILL
+    assert is_gone(stage)
+
+
+def test_a_killed_command_takes_its_fork_along(workspace: Path) -> None:
+    process, stage = started(
+        'exec python -c \'import subprocess, sys; subprocess.run([sys.executable, "-m", "stages.probe", "sleep"])\''
+    )
+    process.terminate()
+    process.wait(30)
+    assert is_gone(stage)
+
+
+def test_without_a_listener_a_stage_starts_by_itself(workspace: Path) -> None:
+    environment = {**os.environ, warm.ADDRESS: str(workspace / "nobody")}
+    command = [sys.executable, "-m", "stages.probe", "a"]
+    told = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert not told["warm"]
