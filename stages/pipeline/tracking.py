@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from stages import UserError
-from stages.pipeline import params, paths, provenance, results, sources, view
+from stages.pipeline import params, paths, provenance, results, sources, view, warm
 from stages.pipeline.params import Cell
 from stages.pipeline.provenance import Tree, content_hash, workspace
 
@@ -208,7 +208,7 @@ def _store_errors() -> tuple[type[Exception], ...]:
 
 def _open(local: str | None) -> tuple["MlflowClient", str]:
     """A client and the id of the experiment, made where missing; call it under the lock, for two creators break a new database."""
-    silence = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    silence = {**warm.QUIET, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     for name, value in {**silence, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

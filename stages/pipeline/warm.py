@@ -28,14 +28,19 @@ LIBRARIES = (  # that stages import, and what takes long of what these import la
     "torch", "torch._dynamo", "safetensors.torch", "scipy.special", "scipy.linalg", "pydantic", "PIL.Image", "ruamel.yaml",
     "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store",
 )  # fmt: skip
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}  # MLflow reads them when it is imported
+PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(command: list[str]) -> int:
     """Run a command, and meanwhile fork a stage for each that asks; its exit code."""
-    if sys.platform != "linux":
-        return subprocess.call(command)
     with tempfile.TemporaryDirectory(prefix="naqsh-") as folder, socket.socket(socket.AF_UNIX) as listener:  # nobody else may enter
-        listener.bind(f"{folder}/socket")
+        try:
+            os.close(os.pidfd_open(os.getpid()))
+            listener.bind(f"{folder}/socket")
+        except (AttributeError, OSError):  # no Linux, an old one, or too long a path
+            Path(folder).rmdir()
+            os.execvp(command[0], command)
         listener.listen()
         child = subprocess.Popen(command, env={**os.environ, ADDRESS: f"{folder}/socket"})
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command; this process ends with it
@@ -47,62 +52,94 @@ def main(command: list[str]) -> int:
             for fork, asker in list(askers.items()):
                 if fork.sentinel in ready:
                     fork.join()
-                    code = fork.exitcode or 0
                     with contextlib.suppress(OSError), askers.pop(fork):
-                        asker.send(bytes([code if code >= 0 else 128 - code]))
+                        asker.send(bytes([_as_shells_say(fork.exitcode)]))
                 elif asker in ready:
                     number = asker.recv(1)
-                    os.kill(fork.ident or 0, number[0] if number else signal.SIGKILL)  # who asked is gone: so is the fork
+                    with contextlib.suppress(ProcessLookupError):  # who asked is gone: so is the fork
+                        os.kill(fork.ident or 0, number[0] if number else signal.SIGKILL)
             if ended in ready:
                 for fork in askers:  # of a command that was killed
                     fork.terminate()
-                return child.wait()
-            if listener in ready:
-                asker = listener.accept()[0]
-                files = socket.recv_fds(asker, 1, 3)[1]
-                with asker.makefile() as text:
-                    request = json.loads(text.readline())
-                for name in LIBRARIES:
-                    importlib.import_module(name)
-                fork = ForkProcess(target=_become, args=[files], kwargs=request)
-                fork.start()
-                askers[fork] = asker
-                for file in files:
-                    os.close(file)
+                return _as_shells_say(child.wait())
+            if listener in ready and (started := _fork(listener.accept()[0])):
+                askers |= [started]
+
+
+def _as_shells_say(code: int | None) -> int:
+    return 1 if code is None else code if code >= 0 else 128 - code
+
+
+def _fork(asker: socket.socket) -> tuple[ForkProcess, socket.socket] | None:
+    """A fork that does what is asked for, or None for one who went away before asking."""
+    size, files = socket.recv_fds(asker, 4, 3)[:2]
+    try:
+        request = json.loads(asker.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+        with contextlib.suppress(ImportError):  # the stage will say which
+            for name in LIBRARIES:
+                importlib.import_module(name)
+        fork = ForkProcess(target=_become, args=[files], kwargs=request)
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until the fork has handlers of its own
+        fork.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        return fork, asker
+    except ValueError:
+        asker.close()
+        return None
+    finally:
+        for file in files:
+            os.close(file)
 
 
 def _become(files: list[int], module: str, arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
-    """Run a module in this fork as `python -m` does; the terminal's Ctrl-C comes by way of who asked, as all signals do."""
-    os.setpgid(0, 0)
+    """Run a module in this fork as `python -m` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number, file in enumerate(files):
-        os.dup2(file, number)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
-    sys.path[0], sys.argv = cwd, [module, *arguments]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "stages"]:
-        del sys.modules[name]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    end_with_parent()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(cwd)
+        sys.path[0], sys.argv = cwd, [module, *arguments]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "stages"]:
+            del sys.modules[name]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def ask(module: str, arguments: list[str]) -> int | None:
-    """Have a module run as a fork of the process that listens at ADDRESS; its exit code, or None where nobody does."""
+    """Have a module run as a fork of the process that listens at ADDRESS; its exit code, or None where nobody does.
+
+    Ctrl-C on a terminal reaches the fork too, so this process waits for it to end; a SIGTERM is passed on.
+    """
     environment = dict(os.environ)
     asker = socket.socket(socket.AF_UNIX)
     try:
         asker.connect(environment.pop(ADDRESS))
     except OSError:
         return None
+    if asker.fileno() < 3:  # where a standard stream should be, which is closed
+        return None
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: asker.send(bytes([number])) and None)
-    socket.send_fds(asker, [b"\n"], [0, 1, 2])
-    asker.sendall(
-        json.dumps({"module": module, "arguments": arguments, "cwd": str(Path.cwd()), "environment": environment}).encode() + b"\n"
-    )
-    code = asker.recv(1)
+    asked = {"module": module, "arguments": arguments, "cwd": str(Path.cwd()), "environment": environment}
+    request = json.dumps(asked).encode()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until all is asked
+    try:
+        socket.send_fds(asker, [len(request).to_bytes(4, "big")], [0, 1, 2])
+        asker.sendall(request)
+        signal.signal(signal.SIGTERM, lambda number, _: asker.send(bytes([number])) and None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        code = asker.recv(1)
+    except OSError:
+        code = b""
+    if not code:
+        print(f"naqsh: the process that forks stages ended before {module} did", file=sys.stderr)
     return code[0] if code else 1
 
 

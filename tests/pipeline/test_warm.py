@@ -62,7 +62,9 @@ def under_warm(command: str) -> subprocess.CompletedProcess[str]:
 def started(command: str) -> tuple[subprocess.Popen[str], int]:
     """A stage that sleeps under a warm process: that process, and the process id of the stage."""
     shell = ["sh", "-c", command.replace("python", sys.executable)]
-    process = subprocess.Popen([sys.executable, "-m", "stages.pipeline.warm", *shell], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.pipeline.warm", *shell], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout
     process.stdout.readline()
     return process, int(Path("pid").read_text())
@@ -90,9 +92,9 @@ def test_a_fork_has_the_libraries_and_all_that_a_process_of_its_own_has(workspac
 
 
 def test_code_that_changes_meanwhile_is_what_runs(workspace: Path) -> None:
-    edit = 'sed -i \'s/"code": 1/"code": 2/\' stages/probe.py'
+    edit = 'sed -i \'s/"code": 1/"code": 22/\' stages/probe.py'
     told = under_warm(f"python -m stages.probe a && {edit} && python -m stages.probe a").stdout.splitlines()
-    assert [json.loads(line)["code"] for line in told] == [1, 2]
+    assert [json.loads(line)["code"] for line in told] == [1, 22]
 
 
 @pytest.mark.parametrize(("told", "code", "says"), [("refuse", 1, "probe: refused\n"), ("crash", 1, "RuntimeError: crashed\n")])
@@ -103,10 +105,16 @@ def test_an_error_arrives(workspace: Path, told: str, code: int, says: str) -> N
     assert ended.stdout == ""
 
 
-@pytest.mark.parametrize(("number", "code"), [("INT", 130), ("TERM", 143)])
-def test_signals_reach_the_fork(workspace: Path, number: str, code: int) -> None:
-    process, stage = started(f"python -m stages.probe sleep & while ! test -s pid; do sleep 0.1; done; kill -{number} $!; wait $!")
-    assert process.wait(30) == code
+def test_sigterm_is_passed_on(workspace: Path) -> None:
+    process, stage = started("python -m stages.probe sleep & while ! test -s pid; do sleep 0.1; done; kill -TERM $!; wait $!")
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert is_gone(stage)
+
+
+def test_ctrl_c_reaches_the_fork_and_the_command_hears_how_it_ended(workspace: Path) -> None:
+    process, stage = started("trap '' INT; python -m stages.probe sleep")  # as DVC, which ignores it while a stage runs
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130
     assert is_gone(stage)
 
 
@@ -130,3 +138,18 @@ def test_without_a_listener_a_stage_starts_by_itself(workspace: Path) -> None:
     command = [sys.executable, "-m", "stages.probe", "a"]
     told = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert not told["warm"]
+
+
+def test_where_it_cannot_listen_the_command_runs_all_the_same(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (deep := workspace / ("d" * 120)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))  # longer than a socket's path may be
+    told = json.loads(under_warm("python -m stages.probe a").stdout)
+    assert not told["warm"]
+    assert not list(deep.iterdir())
+
+
+def test_who_goes_away_before_asking_does_no_harm(workspace: Path) -> None:
+    hang_up = "import os, socket; s = socket.socket(socket.AF_UNIX); s.connect(os.environ['NAQSH_WARM'])"
+    told = under_warm(f'python -c "{hang_up}" && python -m stages.probe a')
+    assert json.loads(told.stdout)["warm"]
+    assert told.stderr == ""
