@@ -1,6 +1,7 @@
 """Kill a pipeline at random moments, in every way, and see that it then goes on and ends with the bits of an unbroken run.
 
-It goes on as `make repro` does: `plan` mends what a killed DVC left half-written, then `dvc repro`.
+It runs what `make repro` runs: `plan`, which mends what a killed DVC left half-written, then `dvc repro` beside a warm process, of
+which the stages are forks.
 
 Prints one JSON line. Run: python benchmarks/kills.py [--kills 200] [--seed 0] [--folder EMPTY_FOLDER]
 """
@@ -43,10 +44,15 @@ runtime: {{checkpoint_seconds: {INTERVAL}}}
 WAYS = {  # whom, and with what
     "SIGKILL of the stage": ("stage", signal.SIGKILL),
     "SIGTERM of the stage": ("stage", signal.SIGTERM),
+    "SIGKILL of who waits for it": ("asker", signal.SIGKILL),
+    "SIGTERM of who waits for it": ("asker", signal.SIGTERM),
     "SIGKILL of dvc": ("dvc", signal.SIGKILL),
     "SIGTERM of dvc": ("dvc", signal.SIGTERM),
+    "SIGKILL of the warm process": ("warm", signal.SIGKILL),
+    "SIGTERM of the warm process": ("warm", signal.SIGTERM),
     "Ctrl-C": ("group", signal.SIGINT),
 }
+REPRO = (sys.executable, "-m", "stages.pipeline.warm", "dvc", "repro")
 
 
 def environment() -> dict[str, str]:
@@ -82,7 +88,7 @@ class Pipeline:
         call(folder, "dvc", "repro", "reference")
         shutil.copy(folder / "dvc.lock", folder / ".dvc/start.lock")  # where each round begins
         started = time.perf_counter()
-        call(folder, "dvc", "repro")
+        call(folder, *REPRO)
         self.seconds = time.perf_counter() - started
         self.unbroken = self.digests()
 
@@ -99,23 +105,28 @@ class Pipeline:
         for path in self.folder.glob("mlflow.db*"):
             path.unlink()
 
-    def stage(self) -> int | None:
-        """The process id of the stage that runs here."""
+    def processes(self) -> dict[str, tuple[int, str]]:
+        """Who runs here: the process id and the command of `stage`, of the `asker` that waits for it, of `dvc` and of `warm`."""
+        found: dict[str, tuple[int, str]] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if (
-                    b"-m" in words
-                    and any(word.startswith(b"stages.") for word in words)
-                    and (entry / "cwd").resolve() == self.folder
-                ):
-                    return int(entry.name)
-        return None
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if (entry / "cwd").resolve() != self.folder:
+                    continue
+                if "stages.pipeline.warm" in command:
+                    above = (Path("/proc") / str(parent) / "cmdline").read_bytes()
+                    found["stage" if b"stages.pipeline.warm" in above else "warm"] = int(entry.name), command
+                elif "-m stages." in command and "sh -c" not in command:
+                    found["asker"] = int(entry.name), command
+                elif "dvc repro" in command:
+                    found["dvc"] = int(entry.name), command
+        return found
 
     def killed_run(self, way: str, after: float) -> str:
         """Start `dvc repro` and kill somebody after so many seconds; the stage that it hit, "nothing" where all was done."""
         command = subprocess.Popen(
-            ["dvc", "repro"],
+            REPRO,
             cwd=self.folder,
             env=environment(),
             stdout=subprocess.DEVNULL,
@@ -126,17 +137,15 @@ class Pipeline:
             command.wait(after)
             return "nothing"
         whom, how = WAYS[way]
-        pid = self.stage()
+        running = self.processes()
         hit = "between stages"
-        if pid:
-            with contextlib.suppress(OSError):
-                words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
-                hit = next(word.decode() for word in words if word.startswith(b"stages."))
+        if "asker" in running:
+            hit = next(word for word in running["asker"][1].split() if word.startswith("stages."))
         with contextlib.suppress(ProcessLookupError):
             if whom == "group":
                 os.killpg(command.pid, how)
             else:
-                os.kill(pid if whom == "stage" and pid else command.pid, how)
+                os.kill(running.get(whom, (command.pid, ""))[0], how)
         command.wait()
         return hit
 
@@ -146,8 +155,8 @@ class Pipeline:
         found += [f"missing: {name}" for name in self.unbroken.keys() - self.digests().keys()]
         found += [f"left over: {path}" for path in self.folder.rglob("*.partial*")]
         found += [f"left over: {path}" for path in self.folder.glob(".state/checkpoints/*")]
-        if (pid := self.stage()) is not None:
-            found.append(f"still running: {pid}")
+        if running := self.processes():
+            found.append(f"still running: {running}")
         client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("naqsh")
         runs = client.search_runs([experiment.experiment_id]) if experiment else []
@@ -182,7 +191,7 @@ def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
                 bar.update()
             rounds += 1
             call(pipeline.folder, sys.executable, "-m", "stages.pipeline.plan", "plan")
-            call(pipeline.folder, "dvc", "repro")
+            call(pipeline.folder, *REPRO)
             if faults := pipeline.faults():
                 return {"kills": done, "rounds": rounds, "history": history, "faults": faults}
     return {"kills": done, "rounds": rounds, "hits": dict(hits), "ways": dict(ways), "faults": []}

@@ -42,7 +42,7 @@ def main(command: list[str]) -> int:
             Path(folder).rmdir()
             os.execvp(command[0], command)
         listener.listen()
-        child = subprocess.Popen(command, env={**os.environ, ADDRESS: f"{folder}/socket"})
+        child = subprocess.Popen(command, env={**os.environ, ADDRESS: f"{folder}/socket"}, preexec_fn=end_with_parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command; this process ends with it
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         ended, askers = os.pidfd_open(child.pid), dict[ForkProcess, socket.socket]()
