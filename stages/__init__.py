@@ -9,7 +9,7 @@ if not all(importlib.util.find_spec(name) for name in ("pydantic", "torch", "saf
         f"naqsh: {sys.executable} is not the project's environment. Run `make repro`, or `. .venv/bin/activate` before `dvc repro`."
     )
 
-if "NAQSH_WARM" in os.environ and sys.orig_argv[1] == "-m" and sys.orig_argv[2].startswith("stages."):
+if "NAQSH_WARM" in os.environ and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):
     from stages.pipeline import warm  # imports the standard library alone
 
     code = warm.ask(sys.orig_argv[2], sys.orig_argv[3:])
