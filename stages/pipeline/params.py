@@ -425,7 +425,7 @@ def merged(profile: Path, path: Path = PARAMS) -> str:
     _overwrite(values, changes, where=f"{profile}: ")
     text = io.StringIO()
     yaml.dump(values, text)
-    _check(YAML(typ="safe").load(text.getvalue()), profile)
+    _check(YAML(typ="safe", pure=True).load(text.getvalue()), profile)
     return text.getvalue()
 
 
@@ -452,7 +452,7 @@ def _check(raw: Any, path: Path) -> Params:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML 1.2 file as plain dicts and lists. Raises UserError when it is missing or malformed."""
     try:
-        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run this from the root of the repository") from None
     except YAMLError as error:
