@@ -147,6 +147,10 @@ class Pipeline:
             else:
                 os.kill(running.get(whom, (command.pid, ""))[0], how)
         command.wait()
+        for _ in range(100):  # whom it left behind: they end in good order, and until then `plan` refuses to begin
+            if not self.processes():
+                break
+            time.sleep(0.1)
         return hit
 
     def faults(self) -> list[str]:
