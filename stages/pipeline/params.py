@@ -452,9 +452,15 @@ def _check(raw: Any, path: Path) -> Params:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML 1.2 file as plain dicts and lists. Raises UserError when it is missing or malformed."""
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run this from the root of the repository") from None
+
+
+def parse_yaml(text: str, path: Path) -> Any:
+    """The content of YAML 1.2 text out of a file. Raises UserError when it is malformed."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,18 +37,27 @@ def key(cell: Cell) -> str:
 
 @dataclass(frozen=True)
 class Tree:
-    """The working tree, read once: the stages that lead to a cell's scores, what dvc.lock says of them, the parameters."""
+    """The working tree, read once: the stages that lead to a cell's scores, what dvc.lock says of them, the parameters.
+
+    `lock` holds the text of each stage's entry: most are never asked for, and to parse them all takes longer than all else here.
+    """
 
     stages: dict[str, Any]
-    lock: dict[str, Any]
+    lock: dict[str, str]
     params: params.Params
 
     @classmethod
     def read(cls) -> "Tree":
         """The tree in the current folder."""
         stages = params.read_yaml(Path("dvc.yaml"))["stages"]
-        lock = params.read_yaml(Path("dvc.lock"))["stages"] if Path("dvc.lock").exists() else {}
+        text = Path("dvc.lock").read_text(encoding="utf-8") if Path("dvc.lock").exists() else ""
+        lock = {entry.partition(":\n")[0].strip(): entry for entry in re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:]}
         return cls({name: stage for name, stage in stages.items() if "matrix" in stage}, lock, params.load())
+
+    def recorded(self, stage: str) -> dict[str, Any]:
+        """What dvc.lock says of a stage; nothing where it does not know it."""
+        entry = params.parse_yaml(self.lock.get(stage, ""), Path("dvc.lock"))
+        return dict(entry[stage]) if entry else {}
 
     def key(self, cell: Cell) -> str:
         """The run key of a cell; see `key`. Line endings do not count."""
@@ -59,7 +69,7 @@ class Tree:
 
     def raw_digest(self, dataset: str) -> str:
         """MD5 that DVC gave the raw data of a dataset."""
-        for out in self.lock.get(f"fetch@{dataset}", {}).get("outs", []):
+        for out in self.recorded(f"fetch@{dataset}").get("outs", []):
             if out["path"] == str(paths.raw(dataset)):
                 return str(out["md5"])
         raise UserError(f"dvc.lock does not record {paths.raw(dataset)}; `dvc repro fetch@{dataset}` does")
@@ -84,7 +94,7 @@ class Tree:
         """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now."""
         made: dict[str, str] = {}
         for name, stage in self.stages.items():
-            entry = self.lock.get(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}", {"outs": []})
+            entry = self.recorded(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
             if entry.get("params", {}).get("params.yaml") != self._params_of(stage, cell):
                 return False
@@ -92,7 +102,7 @@ class Tree:
                 return False
             if any(digest != (made.get(path) or md5(Path(path))) for path, digest in locked.items()):
                 return False
-            made |= {out["path"]: out["md5"] for out in entry["outs"]}
+            made |= {out["path"]: out["md5"] for out in entry.get("outs", [])}
         scores = paths.scores("evaluate", str(cell))
         return made[str(scores)] == md5(scores)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dvc.utils.serialize import dump_yaml
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -43,7 +44,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> 
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     lock = {"schema": "2.0", "stages": {"fetch@mnist": {"outs": [{"path": "data/raw/mnist", "md5": "0" * 32 + ".dir"}]}}}
-    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    dump_yaml(tmp_path / "dvc.lock", lock)
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
     monkeypatch.chdir(tmp_path)
     make_files(CELL)
@@ -118,6 +119,14 @@ def test_key_ignores_what_decides_nothing(path: str, change: Callable[[str], str
         file.write(change(text))
     assert Path(path).read_bytes() != text.encode()
     assert provenance.key(CELL) == before
+
+
+def test_entries_of_the_lock_parse_alone_as_they_do_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    whole = params.read_yaml(Path("dvc.lock"))["stages"]
+    tree = provenance.Tree.read()
+    assert {name: tree.recorded(name) for name in tree.lock} == whole
+    assert tree.recorded("train@no-such-cell") == {}
 
 
 @pytest.mark.usefixtures("tree")
