@@ -40,13 +40,13 @@ def main(seconds: float, samples: int, seeds: list[int]) -> None:
     step, _, _ = speed.naqsh(28)
     step()
     images = round(seconds * speed.rate(step, 100), -3)
-    less_guidance = ", guidance: 0.25" if images >= 100_000 else ""  # as the remark in params.yaml advises
+    guidance = 0.15 if images >= 200_000 else 0.25 if images >= 100_000 else 0.4  # as the remark in params.yaml advises
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "-q", ROOT, f"{folder}/naqsh"], check=True)
         os.chdir(f"{folder}/naqsh")
         Path("profiles/quality.yaml").write_text(
             f"sweep: {{datasets: [{DATASET}], schedules: [cosine], timesteps: [1000], seeds: {seeds}}}\n"
-            f"train: {{images: {int(images)}}}\nsample: {{images: {samples}{less_guidance}}}\n"
+            f"train: {{images: {int(images)}}}\nsample: {{images: {samples}, guidance: {guidance}}}\n"
         )
         Path("params.yaml").write_text(params.merged(Path("profiles/quality.yaml")))
         cells = [f"{DATASET}-cosine-1000-{seed}" for seed in seeds]
