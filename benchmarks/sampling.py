@@ -33,6 +33,7 @@ EVALUATIONS = (5, 8, 12, 20, 35, 60, 100)
 SAMPLERS = {
     "ddpm, trailing": ("ddpm", "trailing", {"variance": "posterior"}),
     "sde_dpm_solver_pp_2m, trailing": ("sde_dpm_solver_pp_2m", "trailing", {}),
+    "sde_dpm_solver_pp_2m, shifted_cosine": ("sde_dpm_solver_pp_2m", "shifted_cosine", {}),
     "ddim, trailing": ("ddim", "trailing", {"eta": 0.0}),
     "ddim, even log-SNR": ("ddim", "even_logsnr", {"eta": 0.0}),
     "dpm_solver_pp_2m, trailing": ("dpm_solver_pp_2m", "trailing", {}),

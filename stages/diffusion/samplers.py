@@ -191,29 +191,48 @@ def karras(alpha_bar: Tensor, steps: int) -> Tensor:
     return 1 / (1 + root**14)
 
 
-SPACINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+def shifted_cosine(alpha_bar: Tensor, steps: int, shift: float = 0.0) -> Tensor:
+    """Levels between those of the schedule, the noisiest first, evenly spaced in the angle of a cosine schedule with more noise.
+
+    The angle of a log-SNR is that whose tangent is exp((log-SNR - shift + 1.5) / 2). Whatever the schedule, a third of the steps
+    then lies below a log-SNR of -2.6, where the proportions and slants of a sample are settled: few large steps there make sets
+    of samples less varied than real ones. Above -1 even large steps lose nothing that can be measured.
+
+    Source: the shifted cosine schedule of Hoogeboom et al. 2023 (simple diffusion), section 3.1; the 1.5 is measured.
+    """
+    centre = shift - 1.5
+    first, last = torch.exp((logsnr(alpha_bar[[-1, 0]]) - centre) / 2).atan().tolist()
+    angles = torch.linspace(first, last, steps + 1, dtype=torch.float64, device=alpha_bar.device)[:-1]
+    return torch.sigmoid(2 * angles.tan().log() + centre)
+
+
+SPACINGS: dict[str, Callable[..., Tensor]] = {
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
     "even_logsnr": even_logsnr,
     "karras": karras,
+    "shifted_cosine": shifted_cosine,
 }
 
 
-def spaced(alpha_bar: Tensor, steps: int, spacing: str) -> Tensor:
+def spaced(alpha_bar: Tensor, steps: int, spacing: str, shift: float = 0.0) -> Tensor:
     """The path of a chain of so many steps to an image.
 
     Args:
         alpha_bar: (T,) float64 of the whole schedule.
         steps: 1..T.
         spacing: of SPACINGS.
+        shift: of the log-SNR for the size of the images, see schedules.logsnr_shift; only shifted_cosine has to know it.
 
     Raises:
         ValueError: more steps than T, or none; a spacing in log-SNR or sigma on a schedule that ends at a zero SNR.
     """
     if not 1 <= steps <= len(alpha_bar):
         raise ValueError(f"steps = {steps} must lie in 1..{len(alpha_bar)}, the number of timesteps")
-    return torch.cat([SPACINGS[spacing](alpha_bar, steps), torch.ones_like(alpha_bar[:1])])
+    space = SPACINGS[spacing]
+    levels = space(alpha_bar, steps, shift) if space is shifted_cosine else space(alpha_bar, steps)
+    return torch.cat([levels, torch.ones_like(alpha_bar[:1])])
 
 
 def _ends(alpha_bar: Tensor) -> tuple[float, float]:

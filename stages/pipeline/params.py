@@ -247,7 +247,7 @@ class FastSampler(Section):
     """The sampler of the headline score: the same number of steps in every cell."""
 
     sampler: Literal["ddpm", "ddim", "dpm_solver_pp_2m", "sde_dpm_solver_pp_2m", "heun"]
-    spacing: Literal["trailing", "leading", "linspace", "even_logsnr", "karras"]
+    spacing: Literal["trailing", "leading", "linspace", "even_logsnr", "karras", "shifted_cosine"]
     steps: Count
     eta: Fraction
 

@@ -212,6 +212,15 @@ def test_spacings_between_the_levels_are_even_in_what_they_say():
     np.testing.assert_allclose(root.diff(), root.diff()[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("shift", [0.0, -1.7])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_shifted_cosine_is_about_the_same_on_every_schedule_and_follows_the_size_of_the_images(schedule, shift):
+    """A cosine schedule without ends has a log-SNR of -2 log tan(pi t / 2 T)."""
+    path = spaced(torch.sigmoid(logsnr(table(schedule)) + shift), 12, "shifted_cosine", shift)
+    expected = shift - 1.5 - 2 * np.log(np.tan(np.pi / 2 * (1 - np.arange(3, 11) / 12)))
+    np.testing.assert_allclose(logsnr(path)[3:11], expected, atol=0.15)
+
+
 @pytest.mark.parametrize("steps", [0, 11])
 def test_more_steps_than_T_or_none_are_refused(steps):
     with pytest.raises(ValueError, match=rf"steps = {steps} must lie in 1..10"):
@@ -226,7 +235,7 @@ def test_a_chain_may_start_without_any_signal(sampler):
     assert x.std().item() == pytest.approx(S, abs=0.03)
 
 
-def test_what_cannot_start_without_any_signal_says_so():
+def test_what_cannot_start_without_any_signal_says_so_and_shifted_cosine_can():
     alpha_bar = torch.from_numpy(noise_levels("cosine", 100, size=28, reference_size=None, zero_terminal_snr=True))
     x = torch.zeros(1, 1, 2, 2).double()
     with pytest.raises(ValueError, match="'heun' cannot start at a zero SNR"):
@@ -234,6 +243,9 @@ def test_what_cannot_start_without_any_signal_says_so():
     for spacing in ("even_logsnr", "karras"):
         with pytest.raises(ValueError, match="use 'trailing'"):
             spaced(alpha_bar, 10, spacing)
+    path = spaced(alpha_bar, 10, "shifted_cosine")
+    assert path[0] == 0
+    assert (path.diff() > 0).all()
 
 
 def test_guidance_0_is_exactly_the_conditional_model_in_one_evaluation():
