@@ -221,6 +221,21 @@ def test_shifted_cosine_is_about_the_same_on_every_schedule_and_follows_the_size
     np.testing.assert_allclose(logsnr(path)[3:11], expected, atol=0.15)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_twelve_steps_keep_the_spread_of_what_varies_most(schedule):
+    """Along the first principal component of the digits of a class x0 has a standard deviation of about 5."""
+
+    def spread(sd, spacing):
+        path = spaced(table(schedule, T=1000), 12, spacing)
+        x = draw("sde_dpm_solver_pp_2m", lambda x, a: a.sqrt() * sd**2 / (a * sd**2 + 1 - a) * x, path, shape=(N, 1, 2, 2))
+        return x.std().item() / sd
+
+    for sd in (1.0, 3.0, 5.0):
+        assert spread(sd, "shifted_cosine") == pytest.approx(1, abs=0.05)
+    if schedule == "cosine":
+        assert spread(5.0, "trailing") < 0.9
+
+
 @pytest.mark.parametrize("steps", [0, 11])
 def test_more_steps_than_T_or_none_are_refused(steps):
     with pytest.raises(ValueError, match=rf"steps = {steps} must lie in 1..10"):
