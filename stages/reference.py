@@ -6,10 +6,9 @@ Run: python -m stages.reference DATASET
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from stages import UserError
-from stages.datasets.images import to_float
+from stages.datasets.images import balanced_order, to_float
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
 from stages.fidelity.frechet import fit_gaussian, frechet_distance
 from stages.fidelity.manifold import precision_recall
@@ -59,22 +58,6 @@ def main(dataset: str, sample__images: int, sample__snapshot_images: int) -> Non
         "class_frequencies": frequencies.tolist(),
     }
     write_json(paths.scores("reference", dataset), scores)
-
-
-def balanced_order(labels: Tensor, rng: torch.Generator) -> Tensor:
-    """A random order of images, (n,) int64 indices, in which every stretch holds the classes at their frequencies.
-
-    Samples are drawn so as well; sets with chance class counts would put the floor too high.
-
-    Args:
-        labels: (n,) int64.
-    """
-    order = torch.randperm(len(labels), generator=rng)
-    order = order[labels[order].argsort(stable=True)]  # by class, at random within it
-    counts = labels.bincount()
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    place = (rank + torch.rand(len(counts), generator=rng).repeat_interleave(counts)) / counts.repeat_interleave(counts)
-    return order[place.argsort(stable=True)]
 
 
 def _mean_and_sd(values: list[float]) -> dict[str, float | None]:

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stages import UserError
-from stages.datasets.images import to_float
+from stages.datasets.images import balanced_order, to_float
 from stages.diffusion import process
 from stages.diffusion.schedules import noise_levels
 from stages.networks import ema
@@ -36,7 +37,16 @@ from stages.pipeline.stage import peak_memory, progress, read_json, run, whole_f
 Errors = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(net, x0, y, t, eps) -> (B,) mean squared errors of what the network predicts, by fixed weights where there are such."""
 
+# The code that decides the bits of a training, in stages/: what dvc.yaml says it depends on.
+CODE = (
+    "train",
+    "datasets/images",
+    "diffusion/process",
+    "diffusion/schedules",
+    *(f"networks/{n}" for n in ("balance", "ema", "muon", "unet")),
+)
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
+NOISE, ORDER = 0, 1  # streams of random numbers
 SHARED_LEVELS = ("cosine", 2**16)  # of a shared network: so close that every schedule's lie among them
 
 
@@ -60,8 +70,8 @@ def main(
     checkpoint.check_bf16(train.precision)
     _set_kernels(train.deterministic)
 
-    # Data: the end of the train split is held out, and never trained on.
-    images, labels, val_images, val_labels = _split(cell, train.validation_images, device)
+    # Data: a part of the train split is held out, and never trained on.
+    images, labels, rows, held_out = _split(cell, train.validation_images, device)
     class_names = read_json(paths.prepared(cell.dataset) / "dataset.json")["class_names"]
     size = images.shape[-1]
     how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
@@ -107,8 +117,8 @@ def main(
             step_of_phase = step - phase.begin
             if step_of_phase == 1:
                 optimizers = _optimizers(net, train)
-            rng = torch.Generator(device).manual_seed((cell.seed << 32) + step)
-            batch = batch_of_step(step, train.batch, len(images), cell.seed).to(device)
+            rng = generator(cell.seed, NOISE, step, device)
+            batch = rows[batch_of_step(step, train.batch, len(rows), cell.seed).to(device)]
             x0, y = to_float(images[batch]), labels[batch]
             y = torch.where(torch.rand(y.shape, device=device, generator=rng) < train.label_dropout, len(class_names), y)
             t = stratified_timesteps(len(y), T, rng)
@@ -130,7 +140,7 @@ def main(
                 elapsed = time.perf_counter() - started
                 seconds += elapsed
                 if step in report_at:
-                    val_loss = _validate(errors_of, net_ema, val_images, val_labels, T)
+                    val_loss = _validate(errors_of, net_ema, images[held_out], labels[held_out], T)
                     row = {"step": step, "images": step * train.batch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
                     curve.append({key: float(f"{value:.6g}") for key, value in row.items()})
                     rate = (step - marked) * train.batch / elapsed
@@ -174,7 +184,7 @@ def _fingerprints(
 ) -> list[str]:
     """What the state of this training is known by after each of its phases: a hash of all that leads there."""
     folder = paths.prepared(dataset)
-    files = [Path(__file__), folder / "train.safetensors", folder / "dataset.json"]
+    files = [folder / "train.safetensors", folder / "dataset.json", *(Path(__file__).parent / f"{name}.py" for name in CODE)]
     values = [dataset, levels_and_seed, diffusion.model_dump(), network.model_dump(), train.model_dump(exclude={"images"})]
     return [checkpoint.fingerprint(files, *values, train.images[: k + 1]) for k in range(len(train.images))]
 
@@ -211,6 +221,15 @@ def learning_rate(step: int, steps: int, train: params.Train) -> float:
     return train.lr * warmup * (1 - (step - 1) / steps) ** 0.5
 
 
+def generator(seed: int, stream: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each seed, stream (NOISE or ORDER) and index of a step or an epoch.
+
+    Hashed, for torch's generator on the CPU keeps 32 bits of a seed and drops the others.
+    """
+    hashed = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(hashed[0]))
+
+
 def batch_of_step(step: int, batch: int, n: int, seed: int) -> Tensor:
     """(batch,) int64 indices of a step, the first is 1, in an endless row of shuffled epochs of n images."""
     first, end = (step - 1) * batch, step * batch
@@ -245,16 +264,18 @@ def _optimizers(net: UNet, train: params.Train) -> list[torch.optim.Optimizer]:
 
 @functools.lru_cache(maxsize=2)
 def _shuffled(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
 def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels of the train split, and the rows to train on and to hold out: of every class its share, in every cell."""
     path = paths.prepared(cell.dataset) / "train.safetensors"
     split, _ = checkpoint.load_tensors(path)
     images, labels = split["images"].to(device), split["labels"].to(device)
     if held_out >= len(images):
         raise UserError(f"train.validation_images = {held_out} must be less than the {len(images)} images of {path}")
-    return images[:-held_out], labels[:-held_out], images[-held_out:], labels[-held_out:]
+    order = balanced_order(labels.cpu(), torch.Generator().manual_seed(0)).to(device)
+    return images, labels, order[held_out:], order[:held_out]
 
 
 def _errors(diffusion: params.Diffusion, alpha_bar: Tensor, precision: params.Precision) -> Errors:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stages import UserError, evaluate, extractor, reference
-from stages.datasets.images import to_float
+from stages.datasets.images import balanced_order, to_float
 from stages.diffusion.likelihood import step_kl
-from stages.diffusion.process import alpha_bar_of
-from stages.diffusion.schedules import noise_levels
+from stages.diffusion.process import alpha_bar_of, logsnr
+from stages.diffusion.schedules import SCHEDULES, noise_levels
 from stages.fidelity.frechet import Gaussian
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths
@@ -43,7 +43,7 @@ def bars(n: int, seed: int) -> dict[str, Tensor]:
     return {"images": images.to(torch.uint8), "labels": labels}
 
 
-def save_network(cell: params.Cell) -> None:
+def save_network(cell: params.Cell, reference_size: int = SIZE) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = UNet(size=SIZE, num_classes=CLASSES, **NETWORK.model_dump())
@@ -52,7 +52,8 @@ def save_network(cell: params.Cell) -> None:
         "size": SIZE,
         "num_classes": CLASSES,
         "network": NETWORK.model_dump(),
-        "diffusion": {"prediction": "v", "reference_size": SIZE, "zero_terminal_snr": False},
+        "diffusion": {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": False},
+        "levels": [cell.schedule, cell.T],
         "train": {"shared": False},
     }
     save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
@@ -143,7 +144,7 @@ def test_reference_measures_disjoint_draws_of_n(tree: Path) -> None:
 
 def test_every_stretch_of_the_balanced_order_holds_the_classes_at_their_frequencies() -> None:
     labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 200)
-    order = reference.balanced_order(labels, torch.Generator().manual_seed(0))
+    order = balanced_order(labels, torch.Generator().manual_seed(0))
     assert order.sort().values.tolist() == list(range(1000))
     for stretch in order.split(100):  # both ends of a stretch may gain or lose an image of a class
         assert labels[stretch].bincount() == pytest.approx(torch.tensor([50, 30, 20]), abs=2)
@@ -238,6 +239,28 @@ def test_grid_compares_across_schedules_and_eps_mse_does_not(tree: Path) -> None
     assert first["bits_per_dim"]["value"] != second["bits_per_dim"]["value"]
     with pytest.raises(UserError, match=r"evaluate.images = 121 must be at most 120, the test images of bars"):
         evaluate.measure_losses(cells[0], EVALUATE.model_copy(update={"images": 121}))
+
+
+def test_losses_are_measured_at_levels_that_the_network_knows(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = params.Cell("bars", "linear", 100, 0)  # log-SNR -10.1 to 6.9 at the size that the schedule is for
+    asked = EVALUATE.model_copy(update={"logsnr": [-12.0, -9.0, 5.0, 8.0]})
+    visited: list[float] = []
+    predict = evaluate.predict
+
+    def watched(*args: Any) -> tuple[Tensor, Tensor]:
+        visited.extend(logsnr(args[4]).tolist())
+        return predict(*args)
+
+    monkeypatch.setattr(evaluate, "predict", watched)
+    for reference_size, shift in ((SIZE, 0.0), (SIZE // 2, -2 * math.log(2))):  # twice as wide: noise of half the SNR's root
+        save_network(cell, reference_size)
+        visited.clear()
+        found = evaluate.measure_losses(cell, asked)
+        lowest, highest = logsnr(torch.from_numpy(SCHEDULES["linear"](100)))[[-1, 0]] + shift
+        assert [point["logsnr"] for point in found["logsnr_grid"]] == [x for x in asked.logsnr if lowest <= x <= highest]
+        assert max(visited) == pytest.approx(highest.item())
+        assert min(visited) < lowest + 1
+        assert min(visited) >= lowest - 1e-6
 
 
 def test_bound_estimated_by_draws_is_the_sum_over_every_t(tree: Path) -> None:

@@ -139,6 +139,73 @@ def test_every_epoch_visits_every_image_once_whatever_the_batch():
     assert seen[:10].tolist() != seen[10:20].tolist()
 
 
+def test_every_seed_has_an_order_and_noise_of_its_own():
+    assert train.batch_of_step(1, 32, 1000, 0).tolist() != train.batch_of_step(1, 32, 1000, 1).tolist()
+    draws = {}
+    for seed in (0, 1, 2**31 - 1):
+        for stream in (train.NOISE, train.ORDER):
+            for index in (0, 1, 2**20):
+                rng = train.generator(seed, stream, index)
+                draws[seed, stream, index] = tuple(torch.rand(2, generator=rng).tolist())
+    assert len(set(draws.values())) == len(draws) == 18
+    assert draws[1, 0, 1] == tuple(torch.rand(2, generator=train.generator(1, 0, 1)).tolist())
+
+
+def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_is_trained_on(sections, monkeypatch):
+    """Images of one class lie together, each of one grey, by which it is recognised."""
+    images = torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1).expand(48, 1, 8, 8)
+    checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", {"images": images, "labels": torch.arange(48) // 12})
+    (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"class_names": list("abcd")}))
+    q_sample, forward = train.process.q_sample, train.UNet.forward
+    trained, validated, noise, told = [], [], [], []
+
+    def watched(x0, alpha_bar, eps):
+        greys = ((x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        (trained if torch.is_grad_enabled() else validated).extend(greys)
+        if torch.is_grad_enabled():
+            noise.append(eps)
+        return q_sample(x0, alpha_bar, eps)
+
+    def listening(self, x, logsnr, y):
+        if torch.is_grad_enabled():
+            told.extend(y.tolist())
+        return forward(self, x, logsnr, y)
+
+    monkeypatch.setattr(train.process, "q_sample", watched)
+    monkeypatch.setattr(train.UNet, "forward", listening)
+    for seed in (3, 4):
+        train.main(params.Cell("toy", "cosine", 8, seed), *changed(sections, images=[1600], label_dropout=0.25))
+    held_out = set(validated)
+    assert [sum(grey // 12 == label for grey in held_out) for label in range(4)] == [4] * 4  # of every class its share
+    assert set(trained) == set(range(48)) - held_out
+    assert {y for grey, y in zip(trained, told, strict=True) if y != grey // 12} == {4}  # the label, or none
+    assert np.mean(np.array(told) == 4) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 3200) ** 0.5)
+    values = torch.stack(noise)
+    assert values.mean() == pytest.approx(0, abs=4 / values.numel() ** 0.5)
+    assert values[:, 0, 0, 0, 0].unique().numel() == len(values) == 400  # 200 steps of either seed
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("weighting", ["simple", "variational"])
+def test_the_error_of_a_network_is_zero_where_it_is_right_and_known_where_it_is_silent(sections, prediction, weighting):
+    alpha_bar = torch.from_numpy(SCHEDULES["cosine"](20))
+    diffusion = sections[0].model_copy(update={"prediction": prediction, "weighting": weighting})
+    errors_of = train._errors(diffusion, alpha_bar, "fp32")
+    t, y = torch.arange(20), torch.zeros(20, dtype=torch.long)
+    x0, eps = torch.full((20, 1, 8, 8), -0.5), torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def informed(x_t, logsnr, y):  # it infers eps from x_t and the level that it is told
+        a = logsnr.double().sigmoid().reshape(-1, 1, 1, 1)
+        noise = (x_t + 0.5 * a.sqrt()) / (1 - a).sqrt()
+        return {"eps": noise, "x0": torch.full_like(noise, -0.5), "v": a.sqrt() * noise + 0.5 * (1 - a).sqrt()}[prediction]
+
+    weights = train.process.loss_weights(weighting, prediction, alpha_bar)
+    assert (errors_of(informed, x0, y, t, eps) / weights.float().clamp_min(1e-6)).max() < 1e-8
+    silent = errors_of(lambda x_t, logsnr, y: torch.zeros_like(x_t), x0, y, t, eps)
+    target = train.process.target(prediction, x0, eps, alpha_bar).double().square().flatten(1).mean(1)
+    torch.testing.assert_close(silent.double(), weights * target, rtol=1e-5, atol=1e-9)
+
+
 def test_timesteps_are_stratified_and_uniform():
     rng = torch.Generator().manual_seed(0)
     t = torch.stack([train.stratified_timesteps(64, 8, rng) for _ in range(200)])
@@ -299,6 +366,11 @@ def test_the_levels_of_a_shared_network_hold_those_of_every_schedule():
         inside = asked[asked.abs() < 12]
         assert len(inside) > 980
         assert (levels[None] - inside[:, None]).abs().min(1).values.max() < 0.02
+
+
+def test_what_a_training_is_known_by_covers_the_code_that_it_depends_on():
+    deps = params.read_yaml(Path(__file__).parents[1] / "dvc.yaml")["stages"]["train"]["deps"]
+    assert {f"stages/{name}.py" for name in train.CODE} == {dep for dep in deps if dep.endswith(".py")}
 
 
 def test_a_second_writer_waits(sections, killed_at, capfd):

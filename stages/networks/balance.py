@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PARTS = 32  # of 0..T-1
+PARTS = 32  # of 0..T-1, at most
 RATE = 0.05  # share of a step's errors in the running mean
 
 
@@ -20,11 +20,11 @@ class Balance(nn.Module):
 
     def __init__(self, T: int) -> None:
         super().__init__()
-        self.T = T
+        self.T, self.parts = T, min(PARTS, T)
         self.sums: Tensor
         self.counts: Tensor
-        self.register_buffer("sums", torch.ones(PARTS))  # an error of 1, until there is a better guess
-        self.register_buffer("counts", torch.ones(PARTS))
+        self.register_buffer("sums", torch.ones(self.parts))  # an error of 1, until there is a better guess
+        self.register_buffer("counts", torch.ones(self.parts))
 
     def forward(self, errors: Tensor, t: Tensor) -> Tensor:
         """The weighted errors, (B,); then these errors enter the running mean.
@@ -33,11 +33,11 @@ class Balance(nn.Module):
             errors: (B,) float32, positive.
             t: (B,) int64 in 0..T-1.
         """
-        part = t * PARTS // self.T
+        part = t * self.parts // self.T
         weights = self.counts / self.sums
         weighted = errors * (weights / weights.mean())[part]
         with torch.no_grad():
-            where = F.one_hot(part, PARTS).to(errors.dtype)  # (B, PARTS)
+            where = F.one_hot(part, self.parts).to(errors.dtype)  # (B, parts)
             self.sums.lerp_(errors @ where, RATE)
             self.counts.lerp_(where.sum(0), RATE)
         return weighted

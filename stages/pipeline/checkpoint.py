@@ -76,16 +76,13 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def fingerprint(files: Iterable[Path], *values: Any) -> str:
-    """A hash of what decides the bits of a training: values, the content of files, the code of the science, the machine.
+    """A hash of what decides the bits of a training: the content of files (data and code), values, the machine.
 
     Args:
-        files: data, and code outside the science.
         values: anything that JSON can hold.
     """
-    science = ("stages.datasets.", "stages.diffusion.", "stages.networks.")
-    code = [Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith(science)]
     machine = [device().type, torch.get_num_threads(), torch.__version__]
-    return content_hash([[md5(path) for path in (*files, *sorted(code))], machine, *values])[:32]
+    return content_hash([[md5(path) for path in files], machine, *values])[:32]
 
 
 @contextlib.contextmanager

@@ -29,6 +29,15 @@ def test_the_weights_are_one_in_the_mean_and_begin_as_one():
     assert weights[0] > 5 * weights[-1]
 
 
+def test_the_weights_are_one_in_the_mean_where_there_are_fewer_levels_than_parts():
+    balance = Balance(8)
+    for _ in range(200):
+        balance(torch.linspace(0.1, 2, 8), torch.arange(8))
+    weighted = balance(torch.ones(8), torch.arange(8))
+    torch.testing.assert_close(weighted.mean(), torch.tensor(1.0))
+    assert weighted[0] > 10 * weighted[-1]
+
+
 def test_the_weights_know_no_gradient():
     net = torch.nn.Parameter(torch.ones(4))
     balance = Balance(4)
