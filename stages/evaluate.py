@@ -66,7 +66,7 @@ def score_set(
 
     Args:
         real: of the features of the test split.
-        real_features: (N, D), of as many test images, classes at their frequencies.
+        real_features: (N, D), of as many test images, or of all where there are fewer; classes at their frequencies.
         floors: metrics/reference/D.json.
         drawn: `images` (N, 1, H, W) uint8 and `labels` (N,) int64, the labels asked for; -1 where none was.
     """
@@ -96,7 +96,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     """Losses of the network, told the labels, on test images: the same images and noise in every cell of a dataset.
 
     `eps_mse` is the mean over t uniform in 0..T-1: a property of the schedule, no measure of quality. `logsnr_grid`
-    compares across schedules, at levels inside the range that the schedule trains on. `bits_per_dim` is the variational bound
+    compares across schedules, at those of its levels that the network was trained at. `bits_per_dim` is the variational bound
     on the negative log-likelihood of the images, given their labels, and its three parts.
 
     Raises:
@@ -113,6 +113,8 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     x0, y = to_float(test["images"][picked]), test["labels"][picked]
     how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
     table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], **how))
+    noisiest, cleanest = logsnr(torch.from_numpy(noise_levels(*about["levels"], size=about["size"], **how))[[-1, 0]]).tolist()
+    grid = [level for level in evaluate.logsnr if noisiest <= level <= cleanest]
 
     # Draw k of an image takes its u from the k-th part of [0, 1): the same fraction of the chain in cells of different T.
     def stratified() -> Tensor:
@@ -125,7 +127,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     chance = step_chances(table)
     bound_t = torch.searchsorted(chance.cumsum(0), stratified(), right=True).clamp(max=cell.T - 1)
     levels = [*table[(stratified() * cell.T).long()], *table[bound_t]]
-    levels += [alpha_bar_of(torch.full((wanted,), level)) for level in evaluate.logsnr]
+    levels += [alpha_bar_of(torch.full((wanted,), level)) for level in grid]
     levels.append(table[:1].expand(wanted))
     bar = progress(levels, total=len(levels), unit="level", label="losses")
     x0_errors, eps_errors = [], []
@@ -135,7 +137,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
         eps_errors.append(eps_error)
     on_grid = [
         {"logsnr": level, "x0_mse": _mean(x0_errors[k]), "eps_mse": _mean(eps_errors[k])}
-        for k, level in enumerate(evaluate.logsnr, start=2 * len(draws))
+        for k, level in enumerate(grid, start=2 * len(draws))
     ]
 
     # The bound: the decoder stands for t = 0, which counts for nothing among the steps. Draws of one image are no new images.

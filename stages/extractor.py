@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stages import UserError
 from stages.datasets.images import to_float
+from stages.fidelity.agreement import accuracy
 from stages.networks.classifier import CHUNK, FEATURES, Classifier, classify, shift
 from stages.pipeline import params, paths
 from stages.pipeline.checkpoint import device, load_tensors, save_tensors
@@ -36,9 +37,8 @@ def main(dataset: str, extractor: params.Extractor) -> dict[str, Any]:
     save_tensors(path, net.state_dict(), classifier={"size": train["images"].shape[-1], "num_classes": num_classes})
 
     _, probabilities = classify(net, map(to_float, test["images"].split(CHUNK)))
-    accuracy = (probabilities.argmax(1) == test["labels"]).double().mean().item()
     scores = {
-        "accuracy": {"value": accuracy, "error": (accuracy * (1 - accuracy) / len(test["labels"])) ** 0.5},
+        "accuracy": dict(zip(("value", "error"), accuracy(test["labels"], probabilities), strict=True)),
         "train_images": extractor.images,
         "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "features": FEATURES,
@@ -73,7 +73,7 @@ def fit(images: Tensor, labels: Tensor, num_classes: int, extractor: params.Extr
     where = device()
     rng = torch.Generator().manual_seed(extractor.seed)
     with torch.random.fork_rng():
-        torch.manual_seed(extractor.seed)  # initial weights and dropout: torch takes no generator there
+        torch.manual_seed(extractor.seed)  # initial weights: torch takes no generator there
         net = Classifier(images.shape[-1], num_classes).to(where).to(memory_format=torch.channels_last)
         images, labels = images.to(where), labels.to(where)
         steps = -(-extractor.images // extractor.batch)

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from stages import UserError, sample
+from stages.diffusion.process import logsnr
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 
@@ -28,14 +29,14 @@ def options(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-def save_network(conditional, zero_terminal_snr=False):
+def save_network(conditional, zero_terminal_snr=False, reference_size=8):
     """Weights that do something."""
     torch.manual_seed(0)
     network = NETWORK | {"conditional": conditional}
     net = UNet(size=8, num_classes=3, **network)
     for weights in net.parameters():
         torch.nn.init.normal_(weights, std=0.2)
-    diffusion = {"prediction": "v", "reference_size": 8, "zero_terminal_snr": zero_terminal_snr}
+    diffusion = {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": zero_terminal_snr}
     about = {"images": 64, "size": 8, "num_classes": 3, "network": network, "diffusion": diffusion}
     for name in ("ema-25", "ema-50", "ema-75", "ema"):
         checkpoint.save_tensors(paths.weights(str(CELL)) / f"{name}.safetensors", net.state_dict(), **about)
@@ -85,6 +86,35 @@ def test_x0_may_be_left_unclipped(options):
     clipped, _ = drawn("ancestral")
     sample.main(CELL, options.model_copy(update={"clip_x0": False}))
     assert not torch.equal(drawn("ancestral")[0]["images"], clipped["images"])
+
+
+@pytest.mark.parametrize("spacing", ["shifted_cosine", "trailing"])
+def test_wider_images_are_drawn_at_noisier_levels(options, monkeypatch, spacing):
+    fast = params.FastSampler(sampler="ddim", spacing=spacing, steps=4, eta=0.0)
+    visited = []
+
+    def watched(denoise, noise_at, path, *args, **more):
+        visited.append(path)
+        return ddim(denoise, noise_at, path, *args, **more)
+
+    ddim = sample.SAMPLERS["ddim"]
+    monkeypatch.setitem(sample.SAMPLERS, "ddim", watched)
+    for reference_size in (8, 4):
+        save_network(conditional=True, reference_size=reference_size)
+        sample.main(CELL, options.model_copy(update={"fast": fast}))
+    shift = -2 * np.log(2)  # SNR times (4 / 8)^2
+    same, shifted = visited[0], visited[-1]
+    assert torch.allclose(logsnr(shifted[:-1]), logsnr(same[:-1]) + shift)
+    assert drawn("fast")[1]["guidance_interval"] == pytest.approx([-4 + shift, 4 + shift])
+
+
+def test_the_rate_is_that_of_all_cores_at_work(options):
+    chain = sample.Chain(CELL, options, paths.weights(str(CELL)) / "ema.safetensors", [2, 1, 1])
+    shares = {}
+    for cores in (1, 2, 8):
+        chain.cores = cores
+        shares[cores] = [chain.share_of_cores(n) for n in (4, 8, 64, 70)]  # 1, 2, 16 and 18 chunks
+    assert shares == {1: [1, 1, 1, 1], 2: [0.5, 1, 1, 1], 8: [0.125, 0.25, 1, 0.75]}
 
 
 @pytest.mark.parametrize("name", ["fast", "ancestral"])

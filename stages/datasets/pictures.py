@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from stages import UserError
 from stages.datasets import zips
+from stages.datasets.splits import to_front
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 MEGAPIXELS = 50  # of a picture; a larger one is refused before it is decoded
@@ -150,23 +151,11 @@ def read_all(
         )
     kept = (outcome == FINE).nonzero()[0]
     report = {"dropped": reasons, "dropped_files": [f"{name}: {reason}" for name, reason in bad[:NAMED]]}
-    return Read(_front(images, torch.from_numpy(kept)), kept.tolist(), report)
+    return Read(to_front(images, torch.from_numpy(kept)), kept.tolist(), report)
 
 
 def _unreadable(archive: Path, name: str, reason: str) -> UserError:
     return UserError(f"{archive}: {name!r}: {reason}" + ("" if reason in NEVER else "; with strict: false it would be dropped"))
-
-
-def _front(images: Tensor, rows: Tensor) -> Tensor:
-    """Some rows, in rising order, moved to the front in place: the images are never held twice."""
-    if len(rows) == len(images):
-        return images
-    end = 0
-    for start in range(0, len(rows), 4096):  # always forwards: no row is overwritten before it is moved
-        chunk = rows[start : start + 4096]
-        images[end : end + len(chunk)] = images[chunk]
-        end += len(chunk)
-    return images[:end]
 
 
 # One picture

@@ -55,14 +55,20 @@ def split(images: Tensor, labels: Tensor, class_names: list[str], *, test_share:
         for missing, extreme in ((True, different[0]), (False, different[-1])):
             if not (is_test[of_class] == missing).any():
                 is_test[torch.from_numpy(place == extreme.item())] = missing
-    test, y_test = images[is_test], labels[is_test]
-    rows, end = (~is_test).nonzero()[:, 0], 0
+    test, rows = images[is_test], (~is_test).nonzero()[:, 0]
+    train, rest = to_front(images, rows), images[len(rows) :]
+    rest[:] = test
+    report = {"split": {"test_share": test_share, "seed": seed}, "dropped": {}, "duplicates": _duplicates(digests)}
+    return Dataset((train, labels[rows]), (rest, labels[is_test]), class_names, report)
+
+
+def to_front(images: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of images, in rising order, moved to the front in place, so that they are never held twice."""
+    end = 0
     for chunk in rows.split(CHUNK):  # always forwards: no row is overwritten before it is moved
         images[end : end + len(chunk)] = images[chunk]
         end += len(chunk)
-    images[end:] = test
-    report = {"split": {"test_share": test_share, "seed": seed}, "dropped": {}, "duplicates": _duplicates(digests)}
-    return Dataset((images[:end], labels[rows]), (images[end:], y_test), class_names, report)
+    return images[:end]
 
 
 def published(train: Split, test: Split, class_names: list[str], *, sources: tuple[Tensor, Tensor] | None = None) -> Dataset:

@@ -76,6 +76,8 @@ def save_lines(
 ) -> None:
     """Write a PNG, whole, with one panel, side by side, for each title; the panels share the axis labels.
 
+    Every other line is dashed, so that of two that coincide both are seen.
+
     Args:
         log_x: the ticks of a logarithmic x axis; none leaves it linear.
         log_y: a logarithmic y axis.
@@ -85,9 +87,11 @@ def save_lines(
 
     figure = Figure(figsize=(0.6 + 4.6 * len(panels), 3.6), dpi=110, layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for line in lines:
+        for i, line in enumerate(lines):
             style: dict[str, Any] = (
-                {"color": "0.45", "ls": ":", "lw": 1.4} if line.reference else {"marker": "o", "ms": 4, "lw": 1.6}
+                {"color": "0.45", "ls": ":", "lw": 1.4}
+                if line.reference
+                else {"marker": "o", "ms": 4, "lw": 1.6, "ls": ("-", (0, (4, 4)))[i % 2]}
             )
             axes.errorbar(line.x, line.y, line.error, label=line.label, capsize=3, **style)
         if log_x:

@@ -10,14 +10,16 @@ from stages.diffusion.samplers import ddim, denoiser, spaced
 from stages.networks.unet import UNet
 from stages.pipeline.figures import Pixels, grid
 
+SIDE = 5  # images in a row, and rows
+
 
 @torch.no_grad()
-def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor, *, columns: int = 5, rows: int = 5) -> Pixels:
+def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor) -> Pixels:
     """Grid of samples, always from the same noise: DDIM in at most 12 steps, the labels spread over the classes."""
-    index = torch.arange(rows * columns, device=alpha_bar.device)
+    index = torch.arange(SIDE * SIDE, device=alpha_bar.device)
     y = index * net.num_classes // len(index)
     T = len(alpha_bar)
     denoise = denoiser(net, prediction, y, unlabelled=net.num_classes)
     x_T = noise.gaussian(0, index, T, (1, size, size))
     *_, (x, _) = ddim(denoise, x_T, spaced(alpha_bar, min(12, T), "trailing"), lambda _: x_T)  # eta is 0: no noise is used
-    return grid(to_uint8(x).cpu().numpy(), columns, scale=2)
+    return grid(to_uint8(x).cpu().numpy(), SIDE, scale=2)

@@ -26,15 +26,6 @@ def workspace() -> Path:
     return here
 
 
-def key(cell: Cell) -> str:
-    """The run key: a hash of all that decides the cell's results; known before training starts, the same in every clone.
-
-    It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
-    never an output. Raises UserError when DVC did not fetch the raw data.
-    """
-    return Tree.read().key(cell)
-
-
 @dataclass(frozen=True)
 class Tree:
     """The working tree, read once: the stages that lead to a cell's scores, what dvc.lock says of them, the parameters.
@@ -60,7 +51,11 @@ class Tree:
         return dict(entry[stage]) if entry else {}
 
     def key(self, cell: Cell) -> str:
-        """The run key of a cell; see `key`. Line endings do not count."""
+        """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
+
+        It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
+        never an output, nor line endings. Raises UserError when DVC did not fetch the raw data.
+        """
         code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self.chain_params(cell)

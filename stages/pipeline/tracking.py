@@ -239,13 +239,14 @@ def _runs_by_cell(client: "MlflowClient", experiment: str) -> dict[str, list["Ru
 
 
 def _claim(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell, runs: list["Run"] | None = None) -> "Run":
-    """The run of what the tree makes of a cell, made where it is missing; all others of the cell are no longer current."""
+    """The run of what the tree makes of a cell, made where it is missing: the only one of the cell that is current."""
     if runs is None:
         runs = list(client.search_runs([experiment], f"tags.`naqsh.cell` = '{cell}'"))
     key = tree.key(cell)
-    for other in runs:
-        if other.data.tags["naqsh.key"] != key and other.data.tags.get("current") != "false":
-            client.set_tag(other.info.run_id, "current", "false")
+    for run in runs:
+        current = "true" if run.data.tags["naqsh.key"] == key else "false"
+        if run.data.tags.get("current") != current:
+            client.set_tag(run.info.run_id, "current", current)
     return next((run for run in runs if run.data.tags["naqsh.key"] == key), None) or _create(client, experiment, tree, cell)
 
 

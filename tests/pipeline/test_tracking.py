@@ -94,9 +94,9 @@ def edit(path: str, change: Callable[[str], str]) -> None:
 )
 @pytest.mark.usefixtures("tree")
 def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[str], str]) -> None:
-    before = provenance.key(CELL)
+    before = provenance.Tree.read().key(CELL)
     edit(path, change)
-    assert provenance.key(CELL) != before
+    assert provenance.Tree.read().key(CELL) != before
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[
 )
 @pytest.mark.usefixtures("tree")
 def test_key_ignores_what_decides_nothing(path: str, change: Callable[[str], str]) -> None:
-    before = provenance.key(CELL)
+    before = provenance.Tree.read().key(CELL)
     with Path(path).open(newline="") as file:
         text = file.read()
     with Path(path).open("w", newline="") as file:
         file.write(change(text))
     assert Path(path).read_bytes() != text.encode()
-    assert provenance.key(CELL) == before
+    assert provenance.Tree.read().key(CELL) == before
 
 
 def test_entries_of_the_lock_parse_alone_as_they_do_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +132,9 @@ def test_entries_of_the_lock_parse_alone_as_they_do_together(monkeypatch: pytest
 @pytest.mark.usefixtures("tree")
 def test_key_differs_between_cells_and_needs_raw_data() -> None:
     cells = [CELL, OTHER, Cell("mnist", "cosine", 1000, 0), Cell("mnist", "cosine", 200, 1)]
-    assert len({provenance.key(cell) for cell in cells}) == len(cells)
+    assert len({provenance.Tree.read().key(cell) for cell in cells}) == len(cells)
     with pytest.raises(params.UserError, match="dvc repro fetch@persian_glyphs"):
-        provenance.key(Cell("persian_glyphs", "cosine", 200, 0))
+        provenance.Tree.read().key(Cell("persian_glyphs", "cosine", 200, 0))
 
 
 def test_same_key_same_run_and_no_point_twice(tree: Path) -> None:
@@ -172,6 +172,16 @@ def test_a_new_key_makes_a_new_run_and_an_old_one_comes_back(tree: Path) -> None
     assert len(runs(tree)) == 2
     assert {run.data.params["train.grad_clip"]: run.data.tags["current"] for run in runs(tree)} == {"1.0": "true", "2.0": "false"}
     assert first.info.run_id in {run.info.run_id for run in runs(tree)}
+
+
+def test_going_back_to_old_settings_shows_the_old_run_even_where_it_fails(tree: Path) -> None:
+    tracking.publish(CELL)
+    edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
+    tracking.publish(CELL)
+    edit("params.yaml", lambda text: text.replace("grad_clip: 2.0", "grad_clip: 1.0"))
+    tracking.fail(CELL, "no memory")
+    shown = {run.data.params["train.grad_clip"]: (run.data.tags["current"], run.info.status) for run in runs(tree)}
+    assert shown == {"1.0": ("true", "FAILED"), "2.0": ("false", "FINISHED")}
 
 
 def test_a_half_written_run_is_healed(tree: Path) -> None:
