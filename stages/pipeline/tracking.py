@@ -316,6 +316,7 @@ def _create(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell) -> 
     tags = {"naqsh.key": tree.key(cell), "naqsh.cell": str(cell), "naqsh.workspace": _here(), "dirty": str(bool(patch)).lower()}
     tags |= {"dataset": cell.dataset, "schedule": cell.schedule, "T": str(cell.T), "seed": str(cell.seed), "current": "true"}
     tags |= {"commit": commit, "mlflow.source.git.commit": commit} if commit else {}
+    tags |= {"mlflow.runColor": view.color(cell, tree.params.sweep)}
     if experiment_name := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = experiment_name
     if shorter := tree.without_last_phase():

@@ -4,9 +4,13 @@ It is kept as a tag of the experiment, in the form that the UI itself writes; a 
 """
 
 import base64
+import colorsys
+import itertools
 import json
 import zlib
 from typing import Any
+
+from stages.pipeline.params import Cell, Sweep
 
 KEY = "cells"
 TAG = f"mlflow.sharedViewState.{KEY}"
@@ -29,6 +33,14 @@ _LINE = {
     "useGlobalXaxisKey": True,
     "useGlobalLineSmoothing": True,
 }
+
+
+def color(cell: Cell, sweep: Sweep) -> str:
+    """The colour of a cell's run, #rrggbb: a hue for each dataset and schedule, darker at smaller T. MLflow's own may coincide."""
+    kinds, T = list(itertools.product(sweep.datasets, sweep.schedules)), sorted(sweep.timesteps)
+    hue = kinds.index((cell.dataset, cell.schedule)) / len(kinds)
+    lightness = 0.36 + 0.32 * T.index(cell.T) / max(len(T) - 1, 1)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, 0.6))
 
 
 def tag(sections: list[str], last_step: int, before: str | None) -> str:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import re
 import sqlite3
 import time
 import zlib
@@ -253,6 +254,16 @@ def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tre
     client.set_experiment_tag("1", view.TAG, json.dumps(mine))
     tracking.sync()
     assert json.loads(client.get_experiment("1").tags[view.TAG]) == mine
+
+
+def test_every_cell_of_a_sweep_has_a_colour_of_its_own(tree: Path) -> None:
+    sweep = params.load().sweep
+    colors = [view.color(cell, sweep) for cell in sweep.cells()]
+    assert len(set(colors)) == len(colors) == 8
+    tracking.publish(CELL)
+    (run,) = runs(tree)
+    assert run.data.tags["mlflow.runColor"] == view.color(CELL, sweep)
+    assert re.fullmatch("#[0-9a-f]{6}", view.color(CELL, sweep))
 
 
 def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
