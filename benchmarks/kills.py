@@ -35,7 +35,7 @@ sweep: {{datasets: [persian_glyphs], schedules: [cosine], timesteps: [8], seeds:
 data:
   persian_glyphs: {{size: 16, train_images: 256, test_images: 64}}
 extractor: {{images: 256, batch: 32}}
-network: {{base_channels: 8}}
+network: {{channel_mult: [1, 2]}}
 train: {{images: 3200, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 8}}
 sample: {{images: 256, ancestral_images: 8, snapshot_images: 64, chunk: 32, fast: {{steps: 4}}}}
 evaluate: {{images: 32, draws: 2, min_scored: 32}}

@@ -102,7 +102,7 @@ def test_a_mix_is_as_wide_as_its_parts(tmp_path: Path) -> None:
         ("data.both", mix(size=32), ["data.both: all datasets of a mix need one size, not a: 64, b: 32"]),
         ("data.both", mix(size="x"), ["data.both.of.b.size = 'x'", "integer"]),
         ("data.both", mix(pth="x"), ["data.both.of.b.pth is not a known key", "reader, size, train_images"]),
-        ("network.attention_levels", [2], ["network", "attention_levels = [2]", "0..1"]),
+        ("network.attention_levels", [3], ["network", "attention_levels = [3]", "0..2"]),
         ("network.base_channels", 30, ["network.base_channels = 30", "multiple of 8"]),
         ("sample.snapshot_images", 3, ["sample.snapshot_images = 3", "greater than or equal to 4"]),
         ("evaluate.min_scored", 3, ["evaluate.min_scored = 3", "greater than or equal to 4"]),
