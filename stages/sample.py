@@ -95,8 +95,8 @@ class Chain:
         self.size = self.about["size"]
         how = {name: self.about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
         self.alpha_bar = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=self.size, **how)).to(self.device)
-        self.shift = logsnr_shift(self.size, self.about["diffusion"]["reference_size"])
-        self.guidance_interval = (sample.guidance_interval[0] + self.shift, sample.guidance_interval[1] + self.shift)
+        shift = logsnr_shift(self.size, self.about["diffusion"]["reference_size"])
+        self.guidance_interval = (sample.guidance_interval[0] + shift, sample.guidance_interval[1] + shift)
 
     def draw(self, n: int, how: How, *, label: str) -> tuple[Tensor, list[Frame], int]:
         """n images, (n, 1, H, W) uint8; frames of the first of them on the way; network evaluations for each image.
@@ -157,7 +157,7 @@ class Chain:
             guidance_interval=self.guidance_interval,
             clip=self.sample.clip_x0,
         )
-        path = spaced(self.alpha_bar, steps, spacing, self.shift)
+        path = spaced(self.alpha_bar, steps, spacing)
 
         def noise_at(after: int) -> Tensor:
             return noise.gaussian(self.cell.seed, index, after, (1, self.size, self.size))

@@ -191,23 +191,22 @@ def karras(alpha_bar: Tensor, steps: int) -> Tensor:
     return 1 / (1 + root**14)
 
 
-def shifted_cosine(alpha_bar: Tensor, steps: int, shift: float = 0.0) -> Tensor:
+def shifted_cosine(alpha_bar: Tensor, steps: int) -> Tensor:
     """Levels between those of the schedule, the noisiest first, evenly spaced in the angle of a cosine schedule with more noise.
 
-    The angle of a log-SNR is that whose tangent is exp((log-SNR - shift + 1.5) / 2). Under a schedule that ends in noise a third
-    of the steps then lies below a log-SNR of shift - 2.6, where the proportions and slants of a sample are settled: few large
-    steps there make sets of samples less varied than real ones. Large steps above it cost precision, but no FID that could be
-    measured.
+    The angle of a log-SNR is that whose tangent is exp((log-SNR + 2) / 2). Under a schedule that ends in noise a third of the
+    steps then lies below a log-SNR of -3, where the proportions and slants of a sample are settled: few large steps there make
+    sets of samples less varied than real ones. The same for images of every size: what is in question at the clean end are
+    single pixels, of large images too.
 
-    Source: the shifted cosine schedule of Hoogeboom et al. 2023 (simple diffusion), section 3.1; the 1.5 is measured.
+    Source: the shifted cosine schedule of Hoogeboom et al. 2023 (simple diffusion), section 3.1; the 2 is measured.
     """
-    centre = shift - 1.5
-    first, last = torch.exp((logsnr(alpha_bar[[-1, 0]]) - centre) / 2).atan().tolist()
+    first, last = torch.exp(logsnr(alpha_bar[[-1, 0]]) / 2 + 1).atan().tolist()
     angles = torch.linspace(first, last, steps + 1, dtype=torch.float64, device=alpha_bar.device)[:-1]
-    return torch.sigmoid(2 * angles.tan().log() + centre)
+    return torch.sigmoid(2 * angles.tan().log() - 2)
 
 
-SPACINGS: dict[str, Callable[..., Tensor]] = {
+SPACINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
@@ -217,23 +216,20 @@ SPACINGS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def spaced(alpha_bar: Tensor, steps: int, spacing: str, shift: float = 0.0) -> Tensor:
+def spaced(alpha_bar: Tensor, steps: int, spacing: str) -> Tensor:
     """The path of a chain of so many steps to an image.
 
     Args:
         alpha_bar: (T,) float64 of the whole schedule.
         steps: 1..T.
         spacing: of SPACINGS.
-        shift: of the log-SNR for the size of the images, see schedules.logsnr_shift; only shifted_cosine has to know it.
 
     Raises:
         ValueError: more steps than T, or none; a spacing in log-SNR or sigma on a schedule that ends at a zero SNR.
     """
     if not 1 <= steps <= len(alpha_bar):
         raise ValueError(f"steps = {steps} must lie in 1..{len(alpha_bar)}, the number of timesteps")
-    space = SPACINGS[spacing]
-    levels = space(alpha_bar, steps, shift) if space is shifted_cosine else space(alpha_bar, steps)
-    return torch.cat([levels, torch.ones_like(alpha_bar[:1])])
+    return torch.cat([SPACINGS[spacing](alpha_bar, steps), torch.ones_like(alpha_bar[:1])])
 
 
 def _ends(alpha_bar: Tensor) -> tuple[float, float]:
