@@ -40,7 +40,7 @@ def main(seconds: float, samples: int, seeds: list[int]) -> None:
     step, _, _ = speed.naqsh(28)
     step()
     images = round(seconds * speed.rate(step, 100), -3)
-    guidance = 0.1 if images >= 400_000 else 0.15 if images >= 200_000 else 0.25 if images >= 60_000 else 0.4  # see RESULTS.md
+    guidance = 0.5 if images >= 150_000 else 0.8  # see RESULTS.md
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "-q", ROOT, f"{folder}/naqsh"], check=True)
         os.chdir(f"{folder}/naqsh")

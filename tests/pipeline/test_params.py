@@ -84,7 +84,7 @@ def test_a_mix_is_as_wide_as_its_parts(tmp_path: Path) -> None:
         ("sweep.datasets", ["MNIST-2"], ["sweep.datasets.0 = 'MNIST-2'", "a-z0-9_"]),
         ("sample.fast.steps", 201, ["sample.fast.steps = 201", "at most", "200"]),
         ("sample.fast.sampler", "euler", ["sample.fast.sampler = 'euler'", "ddpm", "ddim"]),
-        ("train.label_dropout", 0.0, ["sample.guidance = 0.4", "train.label_dropout > 0", "sample.guidance: 0"]),
+        ("train.label_dropout", 0.0, ["sample.guidance = 0.8", "train.label_dropout > 0", "sample.guidance: 0"]),
         ("sample.guidance_interval", [2.0, -4.0], ["sample: guidance_interval = [2.0, -4.0]", "rising"]),
         ("sample.guidance_interval", [2.0], ["sample.guidance_interval = [2.0]", "at least 2"]),
         ("sample.fast.spacing", "quadratic", ["sample.fast.spacing = 'quadratic'", "trailing"]),
