@@ -82,7 +82,7 @@ def guidance(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
         parts = {"interval": drawer.params.sample.guidance_interval, "whole chain": WHOLE_CHAIN}
         of_cell = [
             {"guided": part, "guidance": strength}
-            | drawer.row(how, drawer.params.sample.snapshot_images, guidance=strength, guidance_interval=interval)
+            | drawer.row(how, drawer.params.sample.images, guidance=strength, guidance_interval=interval)
             for part, interval in parts.items()
             for strength in STRENGTHS
         ]
