@@ -36,7 +36,7 @@ data:
   persian_glyphs: {{size: 16, train_images: 256, test_images: 64}}
 extractor: {{images: 256, batch: 32}}
 network: {{channel_mult: [1, 2]}}
-train: {{images: 3200, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 8}}
+train: {{images: 3200, longer: {{persian_glyphs: 1}}, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 8}}
 sample: {{images: 256, ancestral_images: 8, snapshot_images: 64, chunk: 32, fast: {{steps: 4}}}}
 evaluate: {{images: 32, draws: 2, min_scored: 32}}
 runtime: {{checkpoint_seconds: {INTERVAL}}}

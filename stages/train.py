@@ -66,6 +66,7 @@ def main(
     before it, where they are still there. A shared network is trained by the first cell of its dataset and seed; the others find
     it finished and take it.
     """
+    train = train.of(cell.dataset)
     device = checkpoint.device()
     checkpoint.check_bf16(train.precision)
     _set_kernels(train.deterministic)
@@ -146,7 +147,7 @@ def main(
                     rate = (step - marked) * train.batch / elapsed
                     clock.append({"step": step, "images_per_sec": round(rate, 1), **peak_memory(), **checkpoint.device_memory()})
                     losses.clear()
-                    picture = previews / f"{step:08d}.png"
+                    picture = previews / f"{len(curve):08d}.png"  # by report, for trainings of any length to lie side by side
                     figures.save_png(picture, preview(net_ema, size, diffusion.prediction, alpha_bar))
                     live.report(curve[-1] | clock[-1], picture, step / last.end, (last.end - step) * train.batch / rate)
                 if step in snapshot_at:

@@ -252,7 +252,7 @@ def test_losses_are_measured_at_levels_that_the_network_knows(tree: Path, monkey
         return predict(*args)
 
     monkeypatch.setattr(evaluate, "predict", watched)
-    for reference_size, shift in ((SIZE, 0.0), (SIZE // 2, -2 * math.log(2))):  # twice as wide: noise of half the SNR's root
+    for reference_size, shift in ((SIZE, 0.0), (SIZE // 2, -math.log(2))):  # twice as wide: half the SNR
         save_network(cell, reference_size)
         visited.clear()
         found = evaluate.measure_losses(cell, asked)

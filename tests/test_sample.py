@@ -101,7 +101,7 @@ def test_wider_images_are_drawn_and_guided_at_noisier_levels(options, monkeypatc
     for reference_size in (8, 4):
         save_network(conditional=True, reference_size=reference_size)
         sample.main(CELL, options.model_copy(update={"fast": fast}))
-    shift = -2 * np.log(2)  # SNR times (4 / 8)^2
+    shift = -np.log(2)  # SNR times 4 / 8
     same, shifted = visited[0], visited[-1]
     assert torch.allclose(logsnr(shifted[:-1]), logsnr(same[:-1]) + shift)
     assert drawn("fast")[1]["guidance_interval"] == pytest.approx([-4 + shift, 4 + shift])

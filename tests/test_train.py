@@ -29,7 +29,7 @@ def sections(tmp_path, monkeypatch):
     (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"class_names": ["a", "b"]}))
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
-        "shared": False, "images": 64, "batch": 8, "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None,
+        "shared": False, "images": 64, "longer": {}, "batch": 8, "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None,
         "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     folder = paths.weights(str(CELL))
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")}
     weights = {f"{name}.safetensors" for name in ("ema-25", "ema-50", "ema-75", "ema", "raw")}
-    assert names == weights | {f"previews/0000000{step}.png" for step in (0, 2, 4, 6, 8)}
+    assert names == weights | {f"previews/0000000{report}.png" for report in range(5)}
     rows = list(csv.DictReader(paths.loss_curve(str(CELL)).open()))
     assert [int(row["images"]) for row in rows] == [16, 32, 48, 64]
     assert all(0.1 < float(row["train_loss"]) < 3 for row in rows)
@@ -333,6 +333,14 @@ def test_one_phase_more_goes_on_from_the_finished_ones_to_the_same_bits(sections
     assert len(rates) == 8
     assert rates[4] > rates[3]  # a schedule of its own, to be seen in the curve
     assert results()[0]["ema-25.safetensors"] != results()[0]["ema.safetensors"]
+
+
+def test_a_dataset_that_trains_longer_does_so_in_every_phase(sections, killed_at):
+    assert killed_at(None, changed(sections, images=[64, 80], longer={"toy": 2, "other": 3})) == list(range(1, 37))
+    longer = results()
+    shutil.rmtree(checkpoint.workspace() / ".state")
+    assert killed_at(None, changed(sections, images=[128, 160], longer={"other": 3})) == list(range(1, 37))
+    assert results() == longer
 
 
 def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_and_seed(sections, killed_at, capfd, monkeypatch):

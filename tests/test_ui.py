@@ -94,10 +94,10 @@ def test_the_link_of_make_ui_shows_scores_pictures_and_losses_side_by_side(page:
     page.goto(f"{ui}/#/experiments/1/runs?compareRunsMode=CHART&{view.LINK}")
     for name in ("scores", "pictures", "training"):
         page.get_by_text(name).first.wait_for()
-    pictures = page.locator("img[src*='preview%2Bstep%2B200%2B']")  # of the last step
+    pictures = page.locator("img[src*='preview%2Bstep%2B8%2B']")  # of the last report
     pictures.first.wait_for()
     pictures.nth(1).wait_for()
     slider = page.get_by_role("slider").first
     slider.focus()
     slider.press("ArrowLeft")
-    page.locator("img[src*='preview%2Bstep%2B175%2B']").nth(1).wait_for()
+    page.locator("img[src*='preview%2Bstep%2B7%2B']").nth(1).wait_for()

@@ -95,16 +95,17 @@ def without_signal_at_the_end(alpha_bar: Alphas) -> Alphas:
 
 
 def logsnr_shift(size: int, reference_size: int | None) -> float:
-    """What turns a log-SNR meant for images of `reference_size` pixels a side into one for `size`: 2 log(reference_size / size).
+    """What turns a log-SNR meant for images of `reference_size` pixels a side into one for `size`: log(reference_size / size).
 
     Without a reference size it is 0.
 
     In a larger image neighbouring pixels say the same and average the noise away, so the same SNR hides less; the shift makes
-    up for it, and training spends its time where structure is decided.
+    up for it, and training spends its time where structure is decided. Photographs ask for 2 log, as many times the pixels as the
+    image has; strokes widen less than the image, and half of that was best for handwriting (benchmarks/RESULTS.md).
 
-    Source: Hoogeboom et al. 2023 (simple diffusion), section 3.1.
+    Source: Hoogeboom et al. 2023 (simple diffusion), section 3.1, but for the factor.
     """
-    return 2 * math.log(reference_size / size) if reference_size else 0.0
+    return math.log(reference_size / size) if reference_size else 0.0
 
 
 def _following(signal: Alphas) -> Alphas:

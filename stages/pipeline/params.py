@@ -216,10 +216,14 @@ class Network(Section):
 
 
 class Train(Section):
-    """Optimisation; lengths are counted in images. `images` is a list of phases, each a learning-rate schedule of its own."""
+    """Optimisation; lengths are counted in images. `images` is a list of phases, each a learning-rate schedule of its own.
+
+    `longer` names datasets that train so many times as long.
+    """
 
     shared: bool
     images: Phases
+    longer: dict[DatasetName, Count]
     batch: Count
     optimizer: Literal["muon", "adam"]
     lr: Positive
@@ -240,6 +244,11 @@ class Train(Section):
                 f"images = {min(self.images)} must be at least 4 batches of {self.batch}: the average is kept at each quarter"
             )
         return self
+
+    def of(self, dataset: str) -> "Train":
+        """What holds for one dataset: `images` as it trains, `longer` empty."""
+        times = self.longer.get(dataset, 1)
+        return self.model_copy(update={"images": [images * times for images in self.images], "longer": {}})
 
 
 class FastSampler(Section):
@@ -331,6 +340,13 @@ class Params(Section):
                 ways = {"hoda": ["path"], "archive": ["path", "url", "drive"]}.get(section.reader, [])
                 if ways and not any(getattr(section, way) for way in ways):
                     raise ValueError(f"{key}: say where its files are, in {' or '.join(ways)}")
+        return self
+
+    @model_validator(mode="after")
+    def _longer_trained_datasets_exist(self) -> "Params":
+        for name in self.train.longer:
+            if name not in self.data:
+                raise ValueError(f"train.longer names {name!r}, which is no section of data; there are: {', '.join(self.data)}")
         return self
 
     @model_validator(mode="after")

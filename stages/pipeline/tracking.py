@@ -292,7 +292,8 @@ def _here() -> str:
 
 def _offer_view(client: "MlflowClient", experiment: str, train: params.Train) -> None:
     before = client.get_experiment(experiment).tags.get(view.TAG)
-    wanted = view.tag(list(SECTIONS), sum(-(-images // train.batch) for images in train.images), before)
+    reports = sum(min(train.curve_points, -(-images // train.batch)) for images in train.images)
+    wanted = view.tag(list(SECTIONS), reports, before)
     if wanted != before:
         client.set_experiment_tag(experiment, view.TAG, wanted)
 
@@ -359,7 +360,7 @@ def _log_steps(client: "MlflowClient", run: "Run", rows: list[dict[str, float]],
 
 
 def _log_previews(client: "MlflowClient", run_id: str, previews: list[Path]) -> None:
-    """Log the preview grids that a run does not hold yet, by step, for the slider of the UI."""
+    """Log the preview grids that a run does not hold yet, by report, for the slider of the UI."""
     held = {file.path.split("+")[2] for file in client.list_artifacts(run_id, "images") if file.path.endswith(".webp")}
     for path in previews:
         if str(int(path.stem)) not in held:

@@ -43,18 +43,18 @@ def color(cell: Cell, sweep: Sweep) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, 0.6))
 
 
-def tag(sections: list[str], last_step: int, before: str | None) -> str:
-    """The value of the tag: scores as bars, the pictures at the last step of training, losses; all else folded away.
+def tag(sections: list[str], last_report: int, before: str | None) -> str:
+    """The value of the tag: scores as bars, the pictures at the last report of training, losses; all else folded away.
 
     Args:
         sections: of the other metrics.
-        last_step: where the slider of the pictures stands at first.
+        last_report: where the slider of the pictures stands at first.
         before: the tag that is there; it stays when a person has saved changes to it.
     """
     if before and json.loads(before).get("updatedAt"):
         return before
     charts = [_chart(name, "scores", "BAR", metricKey=name, displayName=name) for name in _BARS]
-    charts += [_chart("preview", "pictures", "IMAGE", imageKeys=["preview"], step=last_step, showRunParams=False)]
+    charts += [_chart("preview", "pictures", "IMAGE", imageKeys=["preview"], step=last_report, showRunParams=False)]
     charts += [_chart(name, "training", "LINE", metricKey=name, displayName=name, **_LINE) for name in _LINES]
     state = {
         "searchFilter": "tags.current = 'true'",

@@ -68,7 +68,7 @@ def test_T_0_is_refused(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_shift_for_size_multiplies_the_snr(name):
     plain, shifted = SCHEDULES[name](100), noise_levels(name, 100, size=64, reference_size=28)
-    np.testing.assert_allclose(shifted / (1 - shifted), plain / (1 - plain) * (28 / 64) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(shifted / (1 - shifted), plain / (1 - plain) * 28 / 64, rtol=1e-12)
     np.testing.assert_allclose(noise_levels(name, 100, size=28, reference_size=28), plain, rtol=1e-15)
     assert (np.diff(shifted) < 0).all()
 

@@ -59,7 +59,7 @@ def test_a_mix_is_as_wide_as_its_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dotted", "value", "says"),
     [
-        ("train.epochs", 3, ["train.epochs is not a known key", "images, batch"]),
+        ("train.epochs", 3, ["train.epochs is not a known key", "images, longer, batch"]),
         ("trian", {}, ["trian is not a known key", "sweep, data"]),
         ("data.mnist.pth", "x", ["data.mnist.pth is not a known key", "reader, size, path"]),
         ("train.lr", ..., ["train.lr is missing"]),
@@ -74,6 +74,8 @@ def test_a_mix_is_as_wide_as_its_parts(tmp_path: Path) -> None:
         ("train.lr", float("nan"), ["train.lr = nan", "finite"]),
         ("train.label_dropout", 1.5, ["train.label_dropout = 1.5", "less than or equal to 1"]),
         ("train.images", 100, ["train", "images = 100", "4 batches of 64"]),
+        ("train.longer", {"emnist": 2}, ["train.longer names 'emnist'", "mnist, persian_archive"]),
+        ("train.longer", {"mnist": 0}, ["train.longer.mnist = 0", "greater than or equal to 1"]),
         ("sweep.timesteps", [1], ["sweep.timesteps.0 = 1", "greater than or equal to 2"]),
         ("sweep.timesteps", ["200"], ["sweep.timesteps.0 = '200'", "integer"]),
         ("sweep.schedules", [], ["sweep.schedules = []", "at least 1"]),
