@@ -144,7 +144,7 @@ def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
         "accuracy": "accuracy",
     }
     columns |= {"sure": "confident", "precision": "precision", "recall": "recall", "bits/dim": "bits_per_dim"}
-    columns |= {"eps-MSE": "eps_mse", "training s": "train_seconds"}
+    columns |= {"eps-MSE": "eps_mse", "trained on": "train_images", "training s": "train_seconds"}
     columns |= {"s/image, fast": "fast_seconds_per_image", "s/image, all T": "ancestral_seconds_per_image"}
     lines = ["# Comparison of the sweep", "", _EXPLANATION]
     lines += [f"`{name}` is synthetic: its images are drawn by a program, nobody wrote them.\n" for name in synthetic]
@@ -173,9 +173,9 @@ real training images: what a perfect model would score.
 any label with at least 0.9 confidence. `precision` is the share of samples among the real images, `recall` the share of real
 images among the samples (k = 3). `bits/dim` is the variational bound on the negative log-likelihood
 of test images, given their labels. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
-log-SNR does. Every cell is sampled twice: fast, with the same number of steps in every cell (all scores are of this set), and
-with all T steps. The FID over training is of small fast sets, drawn from the averages at each quarter of the last phase: it is
-higher than that of the full set, and has a floor of its own.
+log-SNR does. `trained on` counts images. Every cell is sampled twice: fast, with the same number of steps in every cell (all
+scores are of this set), and with all T steps. The FID over training is of small fast sets, drawn from the averages at each
+quarter of the last phase: it is higher than that of the full set, and has a floor of its own.
 """
 
 _SHARED = """\

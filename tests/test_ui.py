@@ -80,7 +80,7 @@ def test_charts_compare_the_cells(page: Page, ui: str) -> None:
 
 
 @pytest.mark.usefixtures("screenshots")
-def test_a_run_shows_its_previews_by_step(page: Page, ui: str) -> None:
+def test_a_run_shows_its_previews_by_report(page: Page, ui: str) -> None:
     page.goto(f"{ui}/#/experiments/1/runs")
     page.get_by_text(kills.CELL, exact=True).first.click()
     page.get_by_role("tab", name="Model metrics").or_(page.get_by_text("Model metrics", exact=True)).first.click()

@@ -246,7 +246,7 @@ class Train(Section):
         return self
 
     def of(self, dataset: str) -> "Train":
-        """What holds for one dataset: `images` as it trains, `longer` empty."""
+        """The section as one dataset sees it: `images` multiplied, `longer` empty."""
         times = self.longer.get(dataset, 1)
         return self.model_copy(update={"images": [images * times for images in self.images], "longer": {}})
 
@@ -448,7 +448,10 @@ def _overwrite(values: Any, changes: dict[str, Any], where: str) -> None:
     for key, change in changes.items():
         if key not in values:
             raise UserError(f"{where}{key} is no key of {PARAMS}; known here: {', '.join(values)}")
-        if isinstance(change, dict) and isinstance(values[key], dict):
+        if key == "longer" and isinstance(change, dict):
+            values[key].clear()  # names that are there are no keys to choose from
+            values[key].update(change)
+        elif isinstance(change, dict) and isinstance(values[key], dict):
             _overwrite(values[key], change, f"{where}{key}.")
         elif isinstance(change, list) and isinstance(values[key], list):
             values[key][:] = change  # the list stays the same object, for a comment behind it belongs to it

@@ -70,10 +70,11 @@ class Tree:
         raise UserError(f"dvc.lock does not record {paths.raw(dataset)}; `dvc repro fetch@{dataset}` does")
 
     def chain_params(self, cell: Cell) -> dict[str, Any]:
-        """The parameters that lead to a cell's scores, by dotted name, and what makes the cell."""
+        """The parameters that lead to a cell's scores, by dotted name, as its dataset sees them, and what makes the cell."""
         flat: dict[str, Any] = {"dataset": cell.dataset, "schedule": cell.schedule, "T": cell.T, "seed": cell.seed}
+        seen = self.params.model_copy(update={"train": self.params.train.of(cell.dataset)})
         for stage in self.stages.values():
-            for name, value in self._params_of(stage, cell).items():
+            for name, value in _params_of(stage, cell, seen).items():
                 flat |= _flatten(name, value)
         return flat
 
@@ -91,7 +92,7 @@ class Tree:
         for name, stage in self.stages.items():
             entry = self.recorded(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
-            if entry.get("params", {}).get("params.yaml") != self._params_of(stage, cell):
+            if entry.get("params", {}).get("params.yaml") != _params_of(stage, cell, self.params):
                 return False
             if locked.keys() != {_resolve(dep, cell) for dep in stage["deps"]}:
                 return False
@@ -101,9 +102,10 @@ class Tree:
         scores = paths.scores("evaluate", str(cell))
         return made[str(scores)] == md5(scores)
 
-    def _params_of(self, stage: dict[str, Any], cell: Cell) -> dict[str, Any]:
-        values = self.params.model_dump()
-        return {name: _at(values, name) for name in (_resolve(item, cell) for item in stage["params"])}
+
+def _params_of(stage: dict[str, Any], cell: Cell, loaded: params.Params) -> dict[str, Any]:
+    values = loaded.model_dump()
+    return {name: _at(values, name) for name in (_resolve(item, cell) for item in stage["params"])}
 
 
 def origins() -> dict[str, dict[str, str]]:

@@ -46,6 +46,7 @@ def row(cell: Cell) -> dict[str, Any]:
     flat |= _numbers("", scores["fast"]) | _numbers("", {key: value for key, value in scores.items() if key != "fast"})
     for point in scores["logsnr_grid"]:
         flat |= {f"{key}_at_{point['logsnr']:g}": value["value"] for key, value in point.items() if key != "logsnr"}
+    flat["train_images"] = scores["over_training"][-1]["trained_images"]
     for stage in CLOCKED:
         if (timing := paths.timing(stage, str(cell))).exists():
             flat |= _numbers(f"{stage}_", read_json(timing))

@@ -146,7 +146,7 @@ def sync() -> bool:
         written = [_write(client, _read(tree, cell), run) for cell, run in claimed]
         _end_the_dead(client, itertools.chain(*runs.values()))
         _write_origins(client, experiment)
-        _offer_view(client, experiment, tree.params.train)
+        _offer_view(client, experiment, tree.params)
         return f"{len(finished)} of {len(cells)} cells have results, {sum(written)} of them written now"
 
     return _with_store(work)
@@ -290,9 +290,10 @@ def _here() -> str:
     return f"{platform.node()}:{workspace()}"
 
 
-def _offer_view(client: "MlflowClient", experiment: str, train: params.Train) -> None:
+def _offer_view(client: "MlflowClient", experiment: str, loaded: params.Params) -> None:
     before = client.get_experiment(experiment).tags.get(view.TAG)
-    reports = sum(min(train.curve_points, -(-images // train.batch)) for images in train.images)
+    trainings = [loaded.train.of(dataset) for dataset in loaded.sweep.datasets]
+    reports = max(sum(min(train.curve_points, -(-n // train.batch)) for n in train.images) for train in trainings)
     wanted = view.tag(list(SECTIONS), reports, before)
     if wanted != before:
         client.set_experiment_tag(experiment, view.TAG, wanted)

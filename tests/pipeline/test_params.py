@@ -189,6 +189,14 @@ def test_a_profile_changes_its_values_and_keeps_every_comment(profile: Path, tmp
     assert [line.partition("#")[2] for line in text.splitlines()] == comments
 
 
+@pytest.mark.parametrize("longer", ["{}", "{mnist: 3}", "{persian_hoda: 2, mnist: 3}"])
+def test_a_profile_says_anew_which_datasets_train_longer(tmp_path: Path, longer: str) -> None:
+    (tmp_path / "mine.yaml").write_text(f"train: {{longer: {longer}}}")
+    text = params.merged(tmp_path / "mine.yaml", ROOT / "params.yaml")
+    assert re.search(rf"\n  longer: {re.escape(longer)} +# ", text)
+    assert len(text.splitlines()) == len((ROOT / "params.yaml").read_text().splitlines())
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -89,6 +89,7 @@ def edit(path: str, change: Callable[[str], str]) -> None:
         ("stages/networks/unet.py", lambda text: text + "# changed\n"),
         ("stages/fidelity/frechet.py", lambda text: text + "# changed\n"),
         ("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0")),
+        ("params.yaml", lambda text: text.replace("longer: {persian_glyphs: 2}", "longer: {mnist: 3, persian_glyphs: 2}")),
         ("params.yaml", lambda text: text.replace("min_scored: 500", "min_scored: 501")),
         ("dvc.lock", lambda text: text.replace("0" * 32, "1" * 32)),
     ],
@@ -109,6 +110,7 @@ def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[
         ("params.yaml", lambda text: text.replace("train_images: 20000", "train_images: 20001")),
         ("params.yaml", lambda text: text.replace("schedules: [linear, cosine]", "schedules: [cosine]")),
         ("params.yaml", lambda text: text.replace("# lengths are counted", "# they are counted")),
+        ("params.yaml", lambda text: text.replace("longer: {persian_glyphs: 2}", "longer: {persian_glyphs: 3}")),
     ],
 )
 @pytest.mark.usefixtures("tree")
