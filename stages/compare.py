@@ -161,6 +161,8 @@ def _markdown_row(values: Any) -> str:
 
 
 def _cell_text(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
     return value if isinstance(value, str) else "-" if value is None else f"{value:.4g}"
 
 
