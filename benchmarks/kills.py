@@ -148,7 +148,8 @@ class Pipeline:
                 os.kill(running.get(whom, (command.pid, ""))[0], how)
         command.wait()
         for _ in range(100):  # whom it left behind: they end in good order, and until then `plan` refuses to begin
-            if not self.processes():
+            unreaped = [pid for pid, _ in running.values() if Path(f"/proc/{pid}").exists()]  # DVC takes them for alive
+            if not self.processes() and not unreaped:
                 break
             time.sleep(0.1)
         return hit
