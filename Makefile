@@ -16,9 +16,7 @@ help: ## this list
 	@echo "TORCH=cpu with the first of them installs a small torch without CUDA; VENV=path uses another environment."
 
 repro: $(VENV)/.installed ## make every result that is missing or out of date, record it in MLflow, print the comparison
-	@$(ENTER) python -m stages.pipeline.plan plan && { \
-	  python -m stages.pipeline.warm dvc repro --keep-going; code=$$?; \
-	  python -m stages.pipeline.tracking; python -m stages.pipeline.plan table; exit $$code; }
+	@$(ENTER) exec python -m stages.pipeline.repro
 
 test: $(VENV)/.installed-dev ## the quick tests
 	@$(ENTER) pytest

@@ -25,7 +25,7 @@ from stages.fidelity.frechet import Gaussian  # noqa: E402
 from stages.pipeline import figures, params, paths  # noqa: E402
 from stages.pipeline.checkpoint import load_classifier, load_tensors  # noqa: E402
 from stages.pipeline.stage import read_json  # noqa: E402
-from stages.sample import Chain, How, class_sequence  # noqa: E402
+from stages.sample import Chain, How, class_counts, class_sequence  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
 WHOLE_CHAIN = [-100.0, 100.0]
@@ -55,7 +55,7 @@ class Drawer:
         self.reference, about = load_tensors(paths.reference(dataset))
         self.real = Gaussian(self.reference["mean"].numpy(), self.reference["cov"].numpy(), about["images"])
         self.floors, self.classifier = read_json(paths.scores("reference", dataset)), load_classifier(paths.extractor(dataset))
-        self.counts = read_json(paths.prepared(dataset) / "dataset.json")["images_per_class"]["test"]
+        self.counts = class_counts(dataset)
 
     def row(self, how: How, n: int, **changes: Any) -> dict[str, Any]:
         """Network evaluations for each image and the scores of n of them, with some keys of `sample` changed."""

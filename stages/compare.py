@@ -15,7 +15,7 @@ import pandas as pd
 from stages.pipeline import figures, params, paths, results, tracking
 from stages.pipeline.figures import Line
 from stages.pipeline.params import Cell
-from stages.pipeline.stage import read_json, run, whole_file, whole_folder, write_json
+from stages.pipeline.stage import read_json, run, whole_file, whole_files, write_json
 
 METRICS = Path("metrics")
 HEADLINE = ("fid", "confident_ratio")
@@ -34,7 +34,7 @@ def main(sweep: params.Sweep) -> None:
     _write_csv(METRICS / "summary.csv", list(rows.values()))
     losses = [{"cell": str(cell), **point} for cell, curve in curves.items() for point in curve]
     _write_csv(METRICS / "loss.csv", losses)
-    with whole_folder(METRICS / "figures") as folder:
+    with whole_files(METRICS / "figures") as folder:
         _plot(folder, sweep, rows, curves)
     with whole_file(METRICS / "report.md") as temporary:
         temporary.write_text(_report(sweep, rows, synthetic), encoding="utf-8")
@@ -91,9 +91,10 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
     figures.save_lines(folder / "over_training.png", panels(over_training), x="images trained on", y="FID", log_y=True)
     figures.save_lines(folder / "loss.png", panels(loss), x="images trained on", y="validation loss", log_y=True)
     figures.save_lines(folder / "logsnr.png", panels(by_logsnr), x="log-SNR", y="MSE of x0", log_y=True)
-    for dataset in sweep.datasets:
-        grids = {str(cell): paths.samples(str(cell)) / "grid.png" for cell in rows if cell.dataset == dataset}
-        figures.save_contact_sheet(folder / f"samples-{dataset}.png", grids)
+    grids = [
+        {str(cell): paths.samples(str(cell)) / "grid.png" for cell in rows if cell.dataset == dataset} for dataset in sweep.datasets
+    ]
+    figures.save_contact_sheet(folder / "samples.png", grids)
 
 
 def _against_steps(sweep: params.Sweep, rows: Rows, dataset: str, name: str, label: str) -> list[Line]:
@@ -152,7 +153,6 @@ def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
     lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
     lines += [_markdown_row([_cell_text(row.get(key)) for key in columns.values()]) for row in rows.values()]
     lines += ["", *(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, title in _FIGURES.items())]
-    lines += [f"## Samples: {name}\n\n![Samples of {name}](figures/samples-{name}.png)\n" for name in sweep.datasets]
     return "\n".join(lines)
 
 
@@ -192,6 +192,7 @@ _FIGURES = {
     "over_training": "FID over training: would training longer pay?",
     "loss": "Validation loss",
     "logsnr": "Loss by noise level, comparable across schedules",
+    "samples": "Samples",
 }
 
 if __name__ == "__main__":

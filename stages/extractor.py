@@ -18,16 +18,16 @@ from stages.fidelity.agreement import accuracy
 from stages.networks.classifier import CHUNK, FEATURES, Classifier, classify, shift
 from stages.pipeline import params, paths
 from stages.pipeline.checkpoint import device, load_tensors, save_tensors
-from stages.pipeline.stage import progress, read_json, run, write_json
+from stages.pipeline.stage import progress, run, write_json
 
 TURNS = 4  # ways to turn an image by right angles
 
 
 def main(dataset: str, extractor: params.Extractor) -> dict[str, Any]:
     """Train, measure on the test split, write. Where all images are of one class, the classifier learns how they are turned."""
-    train, _ = load_tensors(paths.prepared(dataset) / "train.safetensors")
+    train, about = load_tensors(paths.prepared(dataset) / "train.safetensors")
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
-    num_classes = len(read_json(paths.prepared(dataset) / "dataset.json")["class_names"])
+    num_classes = len(about["class_names"])
     if num_classes == 1:
         train, num_classes = turned(train["images"]), TURNS
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Bring the raw files of a dataset here: writes data/raw/NAME. `python -m stages.fetch mnist`."""
+"""Bring the raw files of a dataset here: writes data/raw/NAME.fetched.zip. `python -m stages.fetch mnist`."""
 
 from stages import UserError
 from stages.datasets import readers
@@ -6,17 +6,28 @@ from stages.pipeline import params, paths, sources, stage
 
 
 def main(dataset: str, data: params.DataSection) -> None:
-    """Fill data/raw/NAME, whole or not at all; remember what the person's own files looked like."""
-    options = sources.resolved(data.model_dump())
-    seen = sources.look(options)
+    """Write the archive of the raw files, whole or not at all; remember what the person's own files looked like.
+
+    Where nothing that decides those files has changed, or they are not to be had, what was fetched before stays.
+    """
+    sources.refuse_outputs(dataset, data)
+    options, raw = sources.resolved(data.model_dump()), paths.raw(dataset)
+    source = sources.Source.of(dataset, options)
+    if source.is_kept(raw):
+        print(f"{dataset}: what was fetched before is kept: no setting that decides it has changed", flush=True)
+        source.remember(raw)
+        return
     try:
-        with stage.whole_folder(paths.raw(dataset)) as folder:
+        with sources.scratch(f"fetch-{dataset}") as folder:
             readers.fetch(folder, options)
+            stage.write_archive(raw, folder)
     except UserError as error:
+        sources.bring_back(raw)
         raise UserError(f"data.{dataset}: {error}") from None
     except OSError as error:
-        raise UserError(f"data.{dataset}: {error.filename or paths.raw(dataset)}: {error.strerror}") from None
-    sources.remember(dataset, seen)
+        sources.bring_back(raw)
+        raise UserError(f"data.{dataset}: {error.filename or raw}: {error.strerror}") from None
+    source.remember(raw)
 
 
 if __name__ == "__main__":

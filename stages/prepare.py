@@ -1,6 +1,6 @@
 """Turn the raw files of a dataset into tensors and say what is in them. `python -m stages.prepare mnist`.
 
-Reads data/raw/NAME; writes train.safetensors, test.safetensors and dataset.json to data/prepared/NAME, and the pictures
+Reads data/raw/NAME.fetched.zip; writes train.safetensors, test.safetensors and dataset.json to data/prepared/NAME, and the pictures
 samples.png and noising.png to data/figures/NAME.
 """
 
@@ -15,7 +15,7 @@ from stages.datasets import readers
 from stages.datasets.images import to_float, to_uint8
 from stages.diffusion.process import q_sample
 from stages.diffusion.schedules import SCHEDULES
-from stages.pipeline import figures, params, paths, stage
+from stages.pipeline import figures, params, paths, sources, stage
 from stages.pipeline.checkpoint import save_tensors
 
 EXAMPLES = 10  # images of each class in samples.png, and noise levels in noising.png
@@ -25,11 +25,13 @@ TALLEST = 1500  # pixels; classes stand side by side rather than make samples.pn
 
 def main(dataset: str, data: params.DataSection) -> None:
     """Write the prepared folder and the figures, each whole or not at all."""
-    raw, options = paths.raw(dataset), data.model_dump()
-    try:
-        found = readers.read(raw, options)
-    except UserError as error:
-        raise UserError(f"data.{dataset}: {error}") from None
+    options = data.model_dump()
+    with sources.unpacked(paths.raw(dataset)) as raw:
+        try:
+            found = readers.read(raw, options)
+        except UserError as error:
+            raise UserError(f"data.{dataset}: {error}") from None
+        digests = {str(file.relative_to(raw)): _sha256(file) for file in sorted(raw.rglob("*")) if file.is_file()}
     (train, y_train), (test, y_test) = found.train, found.test
     classes = len(found.class_names)
     mean, std = mean_and_std(train)
@@ -37,7 +39,7 @@ def main(dataset: str, data: params.DataSection) -> None:
         "reader": data.reader,
         "synthetic": readers.is_synthetic(options),
         "licence": readers.licence(options),
-        "source_sha256": {str(file.relative_to(raw)): _sha256(file) for file in sorted(raw.rglob("*")) if file.is_file()},
+        "source_sha256": digests,
         "size": data.size,
         "class_names": found.class_names,
         "images": {"train": len(train), "test": len(test)},
@@ -52,11 +54,11 @@ def main(dataset: str, data: params.DataSection) -> None:
     splits = {"train": {"images": train, "labels": y_train}, "test": {"images": test, "labels": y_test}}
     if found.sources:
         splits["train"]["sources"], splits["test"]["sources"] = found.sources
-    with stage.whole_folder(paths.prepared(dataset)) as folder:
+    with stage.whole_files(paths.prepared(dataset)) as folder:
         for name, tensors in splits.items():
-            save_tensors(folder / f"{name}.safetensors", tensors)
+            save_tensors(folder / f"{name}.safetensors", tensors, class_names=found.class_names)
         stage.write_json(folder / "dataset.json", about)
-    with stage.whole_folder(paths.data_figures(dataset)) as folder:
+    with stage.whole_files(paths.data_figures(dataset)) as folder:
         figures.save_png(folder / "samples.png", samples(train, y_train, classes))
         figures.save_png(folder / "noising.png", noising(train[0]))
 

@@ -26,7 +26,7 @@ from stages.diffusion import noise
 from stages.diffusion.samplers import SAMPLERS, Steps, denoiser, spaced
 from stages.diffusion.schedules import logsnr_shift, noise_levels
 from stages.pipeline import checkpoint, figures, params, paths
-from stages.pipeline.stage import progress, read_json, run
+from stages.pipeline.stage import progress, run
 
 How = tuple[str, str, int, dict[str, Any]]
 """Name of a sampler, of a spacing, number of steps, options of the sampler."""
@@ -44,7 +44,7 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     """Draw every set in chunks of one fixed size; a chunk that is asked for in part is drawn whole."""
     checkpoint.check_bf16(sample.precision)
     weights, folder = paths.weights(str(cell)), paths.samples(str(cell))
-    counts = read_json(paths.prepared(cell.dataset) / "dataset.json")["images_per_class"]["test"]
+    counts = class_counts(cell.dataset)
     options = {"eta": sample.fast.eta} if sample.fast.sampler == "ddim" else {}
     fast: How = (sample.fast.sampler, sample.fast.spacing, sample.fast.steps, options)
     ancestral: How = (sample.ancestral.sampler, "trailing", cell.T, {"variance": sample.ancestral.variance})
@@ -163,6 +163,12 @@ class Chain:
             return noise.gaussian(self.cell.seed, index, after, (1, self.size, self.size))
 
         return SAMPLERS[sampler](denoise, noise_at(self.cell.T), path, noise_at, **options)
+
+
+def class_counts(dataset: str) -> list[int]:
+    """How many test images there are of each class: at these frequencies samples are drawn."""
+    test, about = checkpoint.load_tensors(paths.prepared(dataset) / "test.safetensors")
+    return torch.bincount(test["labels"], minlength=len(about["class_names"])).tolist()
 
 
 def class_sequence(index: Tensor, counts: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Train the network of one cell.
 
 Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, the average at each quarter of
-the last phase, a preview grid before it and for each report, and the loss curve.
+the last phase, previews.zip with a grid before it and one for each report, and the loss curve.
 
     python -m stages.train mnist-cosine-1000-0
 """
@@ -32,7 +32,7 @@ from stages.networks.muon import Muon
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, figures, params, paths, tracking
 from stages.pipeline.preview import preview
-from stages.pipeline.stage import peak_memory, progress, read_json, run, whole_file, whole_folder
+from stages.pipeline.stage import peak_memory, progress, run, whole_file, whole_files, whole_folder, write_archive
 
 Errors = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(net, x0, y, t, eps) -> (B,) mean squared errors of what the network predicts, by fixed weights where there are such."""
@@ -72,8 +72,7 @@ def main(
     _set_kernels(train.deterministic)
 
     # Data: a part of the train split is held out, and never trained on.
-    images, labels, rows, held_out = _split(cell, train.validation_images, device)
-    class_names = read_json(paths.prepared(cell.dataset) / "dataset.json")["class_names"]
+    images, labels, rows, held_out, class_names = _split(cell, train.validation_images, device)
     size = images.shape[-1]
     how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
     schedule, T = SHARED_LEVELS if train.shared else (cell.schedule, cell.T)
@@ -161,9 +160,11 @@ def main(
                 checkpoint.save_state(work / STATE, modules, [] if over else optimizers, losses, **so_far)
                 _keep(work, phases, names, step, train)
                 saved = time.perf_counter()
-        with whole_folder(paths.weights(str(cell))) as folder:
-            shutil.copytree(work / "weights", folder, dirs_exist_ok=True)
+        with whole_files(paths.weights(str(cell))) as folder:
+            for name in snapshot_at.values():
+                shutil.copy(work / "weights" / f"{name}.safetensors", folder)
             checkpoint.save_tensors(folder / "raw.safetensors", net.state_dict(), **about)
+            write_archive(folder / "previews.zip", previews)
         _write_curve(paths.loss_curve(str(cell)), curve)
     return {} if taken else {"images_per_sec": round(last.end * train.batch / seconds, 1), "by_step": clock}
 
@@ -185,7 +186,7 @@ def _fingerprints(
 ) -> list[str]:
     """What the state of this training is known by after each of its phases: a hash of all that leads there."""
     folder = paths.prepared(dataset)
-    files = [folder / "train.safetensors", folder / "dataset.json", *(Path(__file__).parent / f"{name}.py" for name in CODE)]
+    files = [folder / "train.safetensors", *(Path(__file__).parent / f"{name}.py" for name in CODE)]
     values = [dataset, levels_and_seed, diffusion.model_dump(), network.model_dump(), train.model_dump(exclude={"images"})]
     return [checkpoint.fingerprint(files, *values, train.images[: k + 1]) for k in range(len(train.images))]
 
@@ -268,15 +269,18 @@ def _shuffled(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
-def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels of the train split, and the rows to train on and to hold out: of every class its share, in every cell."""
+def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """Images and labels of the train split, the rows to train on and to hold out, names of the classes.
+
+    Held out is of every class its share, the same in every cell.
+    """
     path = paths.prepared(cell.dataset) / "train.safetensors"
-    split, _ = checkpoint.load_tensors(path)
+    split, about = checkpoint.load_tensors(path)
     images, labels = split["images"].to(device), split["labels"].to(device)
     if held_out >= len(images):
         raise UserError(f"train.validation_images = {held_out} must be less than the {len(images)} images of {path}")
     order = balanced_order(labels.cpu(), torch.Generator().manual_seed(0)).to(device)
-    return images, labels, order[held_out:], order[:held_out]
+    return images, labels, order[held_out:], order[:held_out], about["class_names"]
 
 
 def _errors(diffusion: params.Diffusion, alpha_bar: Tensor, precision: params.Precision) -> Errors:

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages import UserError
+from stages import ChangedError, UserError
 from stages.networks.classifier import Classifier
 from stages.networks.unet import UNet
 from stages.pipeline.provenance import content_hash, md5, workspace
-from stages.pipeline.stage import alone, whole_file, whole_folder
+from stages.pipeline.stage import alone, check_unchanged, whole_file, whole_folder
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
@@ -87,12 +87,18 @@ def fingerprint(files: Iterable[Path], *values: Any) -> str:
 
 @contextlib.contextmanager
 def unfinished(name: str) -> Iterator[Path]:
-    """The folder of one unfinished training, held against a second writer; removed when the block ends without an error."""
+    """The folder of one unfinished training, held against a second writer; removed when the block ends without an error.
+
+    It stays where an input changed meanwhile: who takes the change back goes on from it.
+    """
     folder = workspace() / ".state" / "checkpoints" / name
     with alone(folder.parents[1] / "locks" / f"{name}.lock"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             yield folder
+            check_unchanged()
+        except ChangedError:
+            raise
         except UserError:  # to go on would end the same way
             _remove(folder)
             raise

@@ -116,21 +116,28 @@ def save_lines(
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def save_contact_sheet(path: Path, pictures: dict[str, Path], *, width: int = 340) -> None:
-    """Write a PNG, whole, that shows picture files side by side, four to a row, each scaled to `width` under its name."""
+def save_contact_sheet(path: Path, groups: list[dict[str, Path]], *, width: int = 340) -> None:
+    """Write a PNG, whole, that shows picture files side by side, each scaled to `width` under its name.
+
+    Four to a row; every group begins a new row, as high as its highest picture.
+    """
     font, head, gap = ImageFont.load_default(size=14), 24, 10
-    images = {}
-    for name, source in pictures.items():
-        with Image.open(source) as picture:
-            height = round(picture.height * width / picture.width)
-            images[name] = picture.convert("L").resize((width, height), Image.Resampling.LANCZOS)
-    columns, height = min(4, len(images)), max(image.height for image in images.values())
-    rows = -(-len(images) // columns)
-    canvas = Image.new("L", (columns * (width + gap) + gap, rows * (head + height + gap)), 255)
+    rows: list[list[tuple[str, Image.Image]]] = []
+    for group in groups:
+        images = []
+        for name, source in group.items():
+            with Image.open(source) as picture:
+                height = round(picture.height * width / picture.width)
+                images.append((name, picture.convert("L").resize((width, height), Image.Resampling.LANCZOS)))
+        rows += [images[i : i + 4] for i in range(0, len(images), 4)]
+    heights = [head + max(image.height for _, image in row) + gap for row in rows]
+    canvas = Image.new("L", (max(map(len, rows)) * (width + gap) + gap, sum(heights)), 255)
     draw = ImageDraw.Draw(canvas)
-    for i, (name, image) in enumerate(images.items()):
-        left, top = gap + (i % columns) * (width + gap), (i // columns) * (head + height + gap)
-        draw.text((left, top + head / 2), name, fill=0, font=font, anchor="lm")
-        canvas.paste(image, (left, top + head))
+    for i, row in enumerate(rows):
+        top = sum(heights[:i])
+        for column, (name, image) in enumerate(row):
+            left = gap + column * (width + gap)
+            draw.text((left, top + head / 2), name, fill=0, font=font, anchor="lm")
+            canvas.paste(image, (left, top + head))
     with whole_file(path) as temporary:
         canvas.quantize(32).save(temporary, format="PNG", optimize=True)

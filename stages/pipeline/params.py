@@ -336,7 +336,7 @@ class Params(Section):
         for name in self.sweep.datasets:
             if name not in self.data:
                 raise ValueError(f"sweep.datasets names {name!r}, which is no section of data; there are: {', '.join(self.data)}")
-            for key, section in _parts(f"data.{name}", self.data[name]):
+            for key, section in parts(f"data.{name}", self.data[name]):
                 ways = {"hoda": ["path"], "archive": ["path", "url", "drive"]}.get(section.reader, [])
                 if ways and not any(getattr(section, way) for way in ways):
                     raise ValueError(f"{key}: say where its files are, in {' or '.join(ways)}")
@@ -390,11 +390,11 @@ class Params(Section):
         return self
 
 
-def _parts(key: str, section: DataSection) -> Iterator[tuple[str, Any]]:
+def parts(key: str, section: DataSection) -> Iterator[tuple[str, Any]]:
     """The dotted key and the section of a dataset, or of each of those that a mix is made of."""
     if isinstance(section, MixData):
         for name, part in section.of.items():
-            yield from _parts(f"{key}.of.{name}", part)
+            yield from parts(f"{key}.of.{name}", part)
     else:
         yield key, section
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 
 def raw(dataset: str) -> Path:
-    """Folder of the raw files, as fetched."""
-    return Path("data/raw") / dataset
+    """Archive of the raw files, as fetched. DVC deletes what stands in the place of an output, so no person's file may."""
+    return Path("data/raw") / f"{dataset}.fetched.zip"
 
 
 def prepared(dataset: str) -> Path:
@@ -14,7 +14,7 @@ def prepared(dataset: str) -> Path:
 
 
 def data_figures(dataset: str) -> Path:
-    """Folder of the figures of a dataset."""
+    """Folder of samples.png and noising.png of a dataset."""
     return Path("data/figures") / dataset
 
 
@@ -29,7 +29,7 @@ def reference(dataset: str) -> Path:
 
 
 def weights(cell: str) -> Path:
-    """Folder of ema.safetensors, raw.safetensors, the EMA snapshots and the preview grids."""
+    """Folder of ema.safetensors, raw.safetensors, the EMA snapshots and previews.zip."""
     return Path("models/cells") / cell
 
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from stages import UserError
-from stages.pipeline import params, paths, results, sources
+from stages.pipeline import params, paths, results, sources, warm
+from stages.pipeline.provenance import Tree, git
 from stages.pipeline.stage import read_json, whole_file
 
 PROFILES = Path("profiles")
@@ -33,11 +35,13 @@ PER_DATASET = ("fetch", "prepare", "extractor", "reference")
 def plan() -> None:
     """Print the stages that are out of date or follow from one that is, and a time from what was last recorded."""
     loaded = params.load()  # a mistake in it is told here, in one line
+    for dataset in loaded.sweep.datasets:
+        sources.refuse_outputs(dataset, loaded.data[dataset])
     mend_rwlock()
     for line in sources.changed(loaded):
         print(line)
     asked = _status()
-    if asked.returncode and "dvc.lock" in asked.stderr:
+    if (asked.returncode and "dvc.lock" in asked.stderr) or _is_empty(Path("dvc.lock")):
         asked = mend_lock()
     if busy := re.search(r"is busy.*PID (\d+)", asked.stderr, re.DOTALL):
         raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
@@ -63,30 +67,72 @@ def _status() -> subprocess.CompletedProcess[str]:
 
 
 def mend_rwlock() -> None:
-    """Remove DVC's list of who reads and writes what where a kill cut it off: DVC writes it in place."""
+    """Take out of DVC's list of who reads and writes what those who do so no longer; remove it where a kill cut it off.
+
+    DVC itself asks only whether there is a process of that number, which may be another program by now.
+    """
     file = Path(".dvc/tmp/rwlock")
     with contextlib.suppress(Timeout, FileNotFoundError), FileLock(file.with_name("rwlock.lock"), timeout=0):  # as DVC holds it
+        written = file.stat().st_mtime
         try:
-            json.loads(file.read_text())
-        except ValueError:
+            listed = json.loads(file.read_text())
+            kept = {
+                "write": {path: who for path, who in listed.get("write", {}).items() if _is_dvc(who["pid"], written)},
+                "read": {path: [w for w in who if _is_dvc(w["pid"], written)] for path, who in listed.get("read", {}).items()},
+            }
+        except (ValueError, AttributeError, TypeError, KeyError):
             file.unlink()
             print(f"A kill of DVC cut {file} off: removed", file=sys.stderr)
+            return
+        kept["read"] = {path: who for path, who in kept["read"].items() if who}
+        if any(kept[kind] != listed.get(kind, {}) for kind in kept):
+            with whole_file(file) as temporary:
+                temporary.write_text(json.dumps(kept))
+            print(f"{file} named processes that are gone: taken out", file=sys.stderr)
+
+
+def _is_dvc(pid: int, since: float) -> bool:
+    """Whether a process is a DVC that was there already at a time."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return warm.is_alive(process) and process.create_time() <= since + 1 and "dvc" in " ".join(process.cmdline())
+    return False
 
 
 def mend_lock() -> subprocess.CompletedProcess[str]:
-    """Take the last stage out of dvc.lock, where a kill cut it off; DVC finds in its cache what it forgot. What DVC then says."""
-    file, stage = Path("dvc.lock"), r"^  [^\s#].*:\n"
-    text = file.read_text(encoding="utf-8")
-    stages = list(re.finditer(stage, text, re.MULTILINE))
+    """Give dvc.lock back what a kill or a full disk took from it while DVC wrote it. What DVC says of it then.
+
+    Its last stage, which is cut, is taken out; what is missing now comes from the last commit. What neither has, DVC finds again in
+    its run cache, by code, parameters and data.
+    """
+    file = Path("dvc.lock")
+    text = file.read_bytes().decode(errors="replace")
+    whole = _lock_entries(text)
+    if whole:
+        whole.popitem()
+    entries = _lock_entries(git("show", f"HEAD:./{file}")) | whole
     with whole_file(file) as temporary:
-        temporary.write_text(text[: stages[-1].start()] if stages[1:] else "schema: '2.0'\nstages: {}\n", encoding="utf-8")
+        body = "".join(entries.values())
+        temporary.write_text(f"schema: '2.0'\nstages:{chr(10) + body if body else ' {}' + chr(10)}", encoding="utf-8")
     asked = _status()
     if asked.returncode:  # that was not the trouble
         with whole_file(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     else:
-        print(f"A kill of DVC cut {file} off: its last stage is taken out, and found again in the cache", file=sys.stderr)
+        print(
+            f"{file} was cut off while DVC wrote it: mended from its rest and the last commit",
+            file=sys.stderr,
+        )
     return asked
+
+
+def _lock_entries(text: str) -> dict[str, str]:
+    """The entries of a dvc.lock by the name of their stage, as text."""
+    return {entry.partition(":\n")[0].strip(): entry for entry in re.split(r"^(?=  [^\s#])", text, flags=re.MULTILINE)[1:]}
+
+
+def _is_empty(file: Path) -> bool:
+    return file.exists() and not file.read_bytes().strip(b"\0 \n")
 
 
 def with_followers(changed: set[str]) -> list[str]:
@@ -106,7 +152,8 @@ def with_followers(changed: set[str]) -> list[str]:
             deps = [resolve(dep) for dep in stage["deps"]]
             if full in changed or any(_overlap(dep, out) for dep in deps for out in made):
                 found.append(full)
-                made += [resolve(out if isinstance(out, str) else next(iter(out))) for out in stage["outs"]]
+                outs = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+                made += [resolve(out if isinstance(out, str) else next(iter(out))) for out in outs]
     return found
 
 
@@ -122,14 +169,17 @@ def expected_seconds(name: str) -> float | None:
 
 
 def table() -> None:
-    """Print the finished cells; never fails because one is not."""
-    cells = list(params.load().sweep.cells())
-    finished = [cell for cell in cells if paths.scores("evaluate", str(cell)).exists()]
+    """Print the cells whose results are of what is here now; never fails because one is not."""
+    tree = Tree.read()
+    cells = list(tree.params.sweep.cells())
+    finished = [cell for cell in cells if tree.is_recorded(cell)]
     if finished:
         print(results.table(results.row(cell) for cell in finished))
-        print(f"Pictures: metrics/report.md, metrics/figures/, {paths.samples('CELL')}/grid.png and denoising.gif")
     if missing := [str(cell) for cell in cells if cell not in finished]:
-        print(f"Without results: {', '.join(missing)}")
+        print(f"Without results of the present code, parameters and data: {', '.join(missing)}")
+        print("metrics/report.md and metrics/figures are of an earlier run, if they are there.")
+    elif finished:
+        print(f"Pictures: metrics/report.md, metrics/figures/, {paths.samples('CELL')}/grid.png and denoising.gif")
 
 
 def prune(really: bool) -> None:
@@ -158,7 +208,7 @@ def leftovers(loaded: params.Params) -> list[Path]:
     folders |= {paths.timing(stage, "x").parent: datasets for stage in PER_DATASET}
     folders |= {paths.scores(stage, "x").parent: datasets for stage in ("extractor", "reference")}
     folders |= {make("x").parent: datasets for make in (paths.extractor, paths.reference)}
-    unfinished = sorted(Path(".state/checkpoints").glob("*"))
+    unfinished = sorted([*Path(".state/checkpoints").glob("*"), *Path(".state/scratch").glob("*")])
     abandoned = [path for path in unfinished if not _is_held(Path(".state/locks", f"{path.name}.lock"))]
     return abandoned + [
         path for folder, names in folders.items() for path in sorted(folder.glob("[!.]*")) if _name(path) not in names

@@ -86,10 +86,16 @@ class Tree:
         shorter = train.model_copy(update={"images": train.images[:-1]})
         return replace(self, params=self.params.model_copy(update={"train": shorter}))
 
-    def is_recorded(self, cell: Cell) -> bool:
-        """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now."""
+    def is_recorded(self, cell: Cell, before: str | None = None) -> bool:
+        """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now.
+
+        Args:
+            before: a stage; it and those after it do not count then.
+        """
         made: dict[str, str] = {}
         for name, stage in self.stages.items():
+            if name == before:
+                return True
             entry = self.recorded(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
             if entry.get("params", {}).get("params.yaml") != _params_of(stage, cell, self.params):
@@ -101,6 +107,14 @@ class Tree:
             made |= {out["path"]: out["md5"] for out in entry.get("outs", [])}
         scores = paths.scores("evaluate", str(cell))
         return made[str(scores)] == md5(scores)
+
+
+def outputs(loaded: params.Params) -> list[str]:
+    """The paths of all that the stages of the sweep write, as dvc.yaml names them."""
+    stages = params.read_yaml(Path("dvc.yaml"))["stages"].values()
+    entries = [out for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+    named = [out if isinstance(out, str) else next(iter(out)) for out in entries]
+    return list(dict.fromkeys(_resolve(out, cell) for cell in loaded.sweep.cells() for out in named))
 
 
 def _params_of(stage: dict[str, Any], cell: Cell, loaded: params.Params) -> dict[str, Any]:

@@ -1,15 +1,25 @@
-"""The files on a person's disk that datasets are made from: where they are, and whether they changed since they were fetched."""
+"""The files on a person's disk that datasets are made from: where they are, what was fetched of them, what changed since."""
 
+import contextlib
 import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages import UserError
 from stages.pipeline import params
-from stages.pipeline.provenance import content_hash, workspace
+from stages.pipeline.provenance import content_hash, md5, outputs, workspace
 from stages.pipeline.stage import read_json, write_json
 
 Seen = dict[str, list[Any]]
 """For each path: how many files are there, and a hash of their names, sizes and times."""
+
+DECISIVE = ("reader", "path", "url", "drive", "sha256")  # options that decide which raw files are fetched
 
 
 def resolved(options: dict[str, Any]) -> dict[str, Any]:
@@ -18,6 +28,71 @@ def resolved(options: dict[str, Any]) -> dict[str, Any]:
     if found.get("path"):
         found["path"] = str(workspace() / Path(found["path"]).expanduser())
     return found
+
+
+def refuse_outputs(dataset: str, data: params.DataSection) -> None:
+    """Refuse a source that is, contains or lies inside what a stage writes: DVC deletes that before the stage runs.
+
+    Raises:
+        UserError: naming the key, the path and the output; links are followed.
+    """
+    written = [(out, (workspace() / out).resolve()) for out in outputs(params.load())]
+    for key, section in params.parts(f"data.{dataset}", data):
+        if not (path := resolved(section.model_dump()).get("path")):
+            continue
+        source = Path(path).resolve()
+        for out, place in written:
+            if source == place or source in place.parents or place in source.parents:
+                how = "is" if source == place else "contains" if source in place.parents else "lies inside"
+                raise UserError(
+                    f"{key}.path = {section.path} {how} {out}, which a stage writes and DVC deletes; "
+                    "keep your files in a folder of their own, outside of data/, models/, samples/ and metrics/"
+                )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a dataset is fetched from, as it looks now."""
+
+    dataset: str
+    way: str
+    """Hash of what decides the raw files: the options that say where they are, and the code that fetches them."""
+    section: str
+    """Hash of all options."""
+    seen: Seen
+
+    @classmethod
+    def of(cls, dataset: str, options: dict[str, Any]) -> "Source":
+        """The source that a resolved section of params.yaml: data names."""
+        code = [md5(path) for path in sorted((Path(__file__).parents[1] / "datasets").glob("*.py"))]
+        return cls(dataset, content_hash([_decisive(options), code]), content_hash(options), look(options))
+
+    def is_kept(self, raw: Path) -> bool:
+        """Whether what was fetched before is still what is asked for; it is brought back to `raw` then.
+
+        That is so when another option changed, or when the source is not there now. It is not when nothing changed at all: then
+        the fetch was forced, to take changed files in.
+        """
+        memory = _memory(self.dataset)
+        before = read_json(memory) if memory.exists() else {}
+        absent = any(files == 0 for files, _ in self.seen.values())
+        if before.get("way") != self.way or (before.get("section") == self.section and not absent):
+            return False
+        bring_back(raw)
+        return bool(md5(raw)) and md5(raw) == before.get("md5")
+
+    def remember(self, raw: Path) -> None:
+        """Keep how the source looked when the fetch began, now that it has succeeded."""
+        before = read_json(_memory(self.dataset)) if _memory(self.dataset).exists() else {}
+        kept = before.get("way") == self.way and before.get("md5") == md5(raw)
+        seen = before["seen"] if kept and "seen" in before else self.seen
+        write_json(_memory(self.dataset), {"way": self.way, "section": self.section, "seen": seen, "md5": md5(raw)})
+
+
+def bring_back(raw: Path) -> None:
+    """Restore an output that DVC deleted before this stage ran, where its cache has what dvc.lock records."""
+    if "DVC_STAGE" in os.environ and not raw.exists():
+        subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet", str(raw)], capture_output=True, check=False)
 
 
 def look(options: dict[str, Any]) -> Seen:
@@ -32,25 +107,57 @@ def look(options: dict[str, Any]) -> Seen:
     return seen
 
 
-def remember(dataset: str, seen: Seen) -> None:
-    """Keep what `look` saw, when a fetch that began then has succeeded."""
-    write_json(_memory(dataset), seen)
-
-
 def changed(loaded: params.Params) -> list[str]:
     """A line for each swept dataset whose files are no longer those of its last fetch here, with the command that fetches them."""
     lines = []
     for dataset in loaded.sweep.datasets:
         if not _memory(dataset).exists():
             continue
-        before, now = read_json(_memory(dataset)), look(resolved(loaded.data[dataset].model_dump()))
+        before = read_json(_memory(dataset)).get("seen", {})
+        now = look(resolved(loaded.data[dataset].model_dump()))
         for path in before.keys() & now.keys():
             (files_before, hash_before), (files, hash_now) = before[path], now[path]
-            if hash_before != hash_now:
+            if files == 0:
+                lines.append(f"{path} is not there; {dataset} stays as it was fetched")
+            elif hash_before != hash_now:
                 same = f"{files} files, other names, sizes or times"
                 what = same if files == files_before else f"{files_before} files then, {files} now"
                 lines.append(f"{path} changed since {dataset} was fetched ({what}); `dvc repro -f fetch@{dataset}` takes it in")
     return lines
+
+
+@contextlib.contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """An empty folder that is removed in the end; what a kill leaves of it is removed the next time."""
+    folder = Path(".state/scratch") / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def unpacked(raw: Path) -> Iterator[Path]:
+    """A folder with the files of an archive, for as long as the block lasts. Raises UserError when the archive is damaged."""
+    with scratch(f"unpacked-{raw.name}") as folder:
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                archive.extractall(folder)  # checks every CRC, and leads nowhere else
+        except FileNotFoundError:
+            raise UserError(f"{raw} is missing; `dvc repro` makes it") from None
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+            raise UserError(f"{raw} is damaged ({error}); delete it and run `dvc repro`") from None
+        yield folder
+
+
+def _decisive(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {part: _decisive(inner) for part, inner in value.items()} if name == "of" else value
+        for name, value in options.items()
+        if name in (*DECISIVE, "of")
+    }
 
 
 def _listing(path: Path) -> list[tuple[str, int, int]]:

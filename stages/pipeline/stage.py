@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import inspect
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from stages import UserError
-from stages.pipeline import params, paths, warm
+from stages import ChangedError, UserError
+from stages.pipeline import inputs, params, paths, warm
+
+OF_THE_MACHINE = (  # what is wrong with it, not with the code: full, read-only, not allowed, too much open, broken
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO,
+)  # fmt: skip
 
 
 def run(main: Callable[..., dict[str, Any] | None]) -> None:
     """Run a stage from the command line: `python -m stages.NAME [DATASET | CELL] [--dry-run]`.
 
-    The signature of `main` says what the stage reads. A first parameter `dataset` or `cell` comes from the command line;
+    DVC tells the dataset or cell in DVC_STAGE, where no shell has a part. The signature of `main` says what the stage reads. A
+    first parameter `dataset` or `cell` comes from the command line, or from DVC;
     `data` is that dataset's section of params.yaml; every other parameter is the section of its name, and `a__b` is the key
     `a.b`. What `main` returns was measured with a clock and goes to metrics/timing, beside seconds, memory and device.
     """
@@ -34,7 +41,8 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
     subject = next((kind for kind in ("dataset", "cell") if kind in wanted), None)
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=inspect.getdoc(inspect.getmodule(main)))
     if subject:
-        parser.add_argument("name", metavar=subject.upper())
+        known = told_by_dvc(stage)
+        parser.add_argument("name", metavar=subject.upper(), nargs="?" if known else None, default=known)
     parser.add_argument("--dry-run", action="store_true", help="print the checked parameters and stop")
     args = parser.parse_args()
     try:
@@ -42,19 +50,40 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
         if args.dry_run:
             print(json.dumps(arguments, default=_plain, indent=2))
             return
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in good order
         if "DVC_STAGE" in os.environ:
-            warm.end_with_parent()
+            warm.end_with_parents()
+        inputs.STARTED.look()
         with _told_to_mlflow(arguments.get("cell"), stage), alone(Path(f".state/locks/{stage}-{getattr(args, 'name', '')}.lock")):
             start = time.perf_counter()
             measured = main(**arguments)
             seconds = time.perf_counter() - start
             if subject:
                 write_json(paths.timing(stage, args.name), {**_machine(seconds), **(measured or {})})
+            check_unchanged()
     except UserError as error:
         sys.exit(f"{stage}: {error}")
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        sys.exit(f"{stage}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}. When that is mended, `make repro` goes on")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def told_by_dvc(stage: str) -> str | None:
+    """The dataset or cell that DVC runs a stage for; None where DVC does not run it."""
+    name, _, item = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
+    return item if name == stage and item else None
+
+
+def check_unchanged() -> None:
+    """Refuse to end well where an input of this stage is no longer what it started with. Raises ChangedError, naming each."""
+    if changed := inputs.STARTED.changed():
+        raise ChangedError(
+            f"while this ran, {', '.join(changed)} changed: nothing is recorded; `make repro` runs it with what is there now"
+        )
 
 
 @contextlib.contextmanager
@@ -77,7 +106,7 @@ def _told_to_mlflow(cell: params.Cell | None, stage: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if cell:
+        if cell and not isinstance(error, ChangedError):  # its run is of what is there now
             from stages.pipeline import tracking  # it imports this module
 
             reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
@@ -159,6 +188,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; each file in it moves to `folder` when the block ends without an error. Others there stay."""
+    filled = folder.parent / f".{folder.name}.files"
+    try:
+        with whole_folder(filled) as filling:
+            yield filling
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in filled.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(filled, ignore_errors=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file, whole, ending in a newline. NaN and infinity are refused: they are not JSON.
 
@@ -167,6 +210,16 @@ def write_json(path: Path, value: Any) -> None:
     rounded = json.loads(json.dumps(value, allow_nan=False), parse_float=lambda text: float(f"{float(text):.6g}"))
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(rounded, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_archive(path: Path, folder: Path) -> None:
+    """Write the files below a folder to one zip archive, whole, uncompressed; the same files give the same bytes."""
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(found for found in folder.rglob("*") if found.is_file()):
+            info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
+            info.create_system, info.file_size = 3, file.stat().st_size
+            with file.open("rb") as source, archive.open(info, "w") as target:
+                shutil.copyfileobj(source, target, 2**20)
 
 
 def read_json(path: Path) -> Any:

@@ -13,36 +13,45 @@ import importlib
 import json
 import os
 import runpy
+import secrets
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import tempfile
+import threading
+import time
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-ADDRESS = "NAQSH_WARM"  # the environment variable with the path of the socket
+import psutil
+
+ADDRESS = "NAQSH_WARM"  # the environment variable with the name of the socket
 LIBRARIES = (  # that stages import, and what takes long of what these import later
     "torch", "torch._dynamo", "safetensors.torch", "scipy.special", "scipy.linalg", "pydantic", "PIL.Image", "ruamel.yaml",
     "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store",
 )  # fmt: skip
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}  # MLflow reads them when it is imported
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+GRACE = 1.5  # seconds that a process has to end in good order
 
 
 def main(command: list[str]) -> int:
-    """Run a command, and meanwhile fork a stage for each that asks; its exit code."""
-    with tempfile.TemporaryDirectory(prefix="naqsh-") as folder, socket.socket(socket.AF_UNIX) as listener:  # nobody else may enter
+    """Run a command, and meanwhile fork a stage for each that asks; its exit code.
+
+    The socket has a name but no file, so that a kill leaves nothing behind; who asks must be the same user.
+    """
+    name = f"naqsh-{secrets.token_hex(16)}"
+    with socket.socket(socket.AF_UNIX) as listener:
         try:
             os.close(os.pidfd_open(os.getpid()))
-            listener.bind(f"{folder}/socket")
-        except (AttributeError, OSError):  # no Linux, an old one, or too long a path
-            Path(folder).rmdir()
+            listener.bind(f"\0{name}")
+        except (AttributeError, OSError):  # no Linux, or an old one
             os.execvp(command[0], command)
         listener.listen()
-        child = subprocess.Popen(command, env={**os.environ, ADDRESS: f"{folder}/socket"}, preexec_fn=end_with_parent)
+        child = subprocess.Popen(command, env={**os.environ, ADDRESS: name}, preexec_fn=end_with_parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command; this process ends with it
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         ended, askers = os.pidfd_open(child.pid), dict[ForkProcess, socket.socket]()
@@ -72,6 +81,10 @@ def _as_shells_say(code: int | None) -> int:
 
 def _fork(asker: socket.socket) -> tuple[ForkProcess, socket.socket] | None:
     """A fork that does what is asked for, or None for one who went away before asking."""
+    _, user, _ = struct.unpack("3i", asker.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if user != os.geteuid():
+        asker.close()
+        return None
     size, files = socket.recv_fds(asker, 4, 3)[:2]
     try:
         request = json.loads(asker.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
@@ -120,12 +133,12 @@ def ask(module: str, arguments: list[str]) -> int | None:
     environment = dict(os.environ)
     asker = socket.socket(socket.AF_UNIX)
     try:
-        asker.connect(environment.pop(ADDRESS))
+        asker.connect(f"\0{environment.pop(ADDRESS)}")
     except OSError:
         return None
     if asker.fileno() < 3:  # where a standard stream should be, which is closed
         return None
-    end_with_parent()
+    end_with_parents()
     asked = {"module": module, "arguments": arguments, "cwd": str(Path.cwd()), "environment": environment}
     request = json.dumps(asked).encode()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -148,6 +161,36 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def end_with_parents() -> None:
+    """End when DVC does, or any shell between it and this process: a shell outlives a DVC that is killed."""
+    end_with_parent()
+    above: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            above.append(process)
+            if "DVC_STAGE" not in os.environ or process.environ().get("DVC_STAGE") != os.environ["DVC_STAGE"]:
+                break  # the parent, or DVC itself
+        if above[-1].pid == 1 and "dvc" not in " ".join(above[-1].cmdline()):  # it is gone already
+            sys.exit(143)
+    threading.Thread(target=_follow, args=[above], daemon=True).start()
+
+
+def _follow(processes: list[psutil.Process]) -> None:
+    while all(map(is_alive, processes)):
+        time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that ended and whose end nobody has heard of yet does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""What a stage was started with: its code, its sections of params.yaml, its data. DVC records what it finds in the end.
+
+Imported before anything of the stage is, so that no change of a file goes unseen. Imports the standard library alone.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PARAMS = "params.yaml"
+
+
+class Inputs:
+    """The inputs of the stage that DVC runs in this process, as they were when this module was imported."""
+
+    def __init__(self) -> None:
+        files = [Path(PARAMS), *sorted(Path("stages").rglob("*.py"))] if "DVC_STAGE" in os.environ else []
+        self.content = {str(path): path.read_bytes() for path in files if path.is_file()}
+        self.data: dict[str, list[tuple[str, int, int]]] = {}
+
+    def look(self) -> None:
+        """See how the data that the stage reads look: names, sizes, times."""
+        self.data = {path: list(_listing(Path(path))) for path in _entries("deps") if path not in self.content}
+
+    def changed(self) -> list[str]:
+        """What is no longer as it was: files of code, dotted names of parameters with both values, paths of data."""
+        found = []
+        for path in _entries("deps"):
+            code = path in self.content and self.content[path] != _bytes(path)
+            if code or (path in self.data and self.data[path] != list(_listing(Path(path)))):
+                found.append(path)
+        if PARAMS in self.content and self.content[PARAMS] != (now := _bytes(PARAMS)):
+            try:
+                found += _differences(self.content[PARAMS], now)
+            except ValueError:  # it cannot be read any more
+                found.append(PARAMS)
+        return found
+
+
+def _entries(kind: str) -> list[str]:
+    """The deps or the params of this stage by dvc.yaml, resolved; none where DVC runs no stage here."""
+    from stages.pipeline import params
+
+    name, _, item = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
+    stage = params.read_yaml(Path("dvc.yaml"))["stages"].get(name, {}) if name else {}
+    dataset = item.partition("-")[0]
+    return [entry.replace("${item.dataset}", dataset).replace("${key}", item) for entry in stage.get(kind, [])]
+
+
+def _differences(before: bytes, now: bytes) -> Iterator[str]:
+    from stages.pipeline import params
+
+    then, new = (params.parse_yaml(text.decode(), Path(PARAMS)) for text in (before, now))
+    for name in _entries("params"):
+        yield from _compared(name, _at(then, name), _at(new, name))
+
+
+def _compared(name: str, then: Any, new: Any) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(new, dict):
+        for key in then.keys() | new.keys():
+            yield from _compared(f"{name}.{key}", then.get(key), new.get(key))
+    elif then != new:
+        yield f"{name} from {then} to {new}"
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _bytes(path: str) -> bytes:
+    return Path(path).read_bytes() if Path(path).is_file() else b""
+
+
+def _listing(path: Path) -> Iterator[tuple[str, int, int]]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and file.name != ".gitignore":
+            stat = file.stat()
+            yield str(file), stat.st_size, stat.st_mtime_ns
+
+
+STARTED = Inputs()

@@ -1,0 +1,109 @@
+"""`make repro`: says what will run, has DVC run it, brings MLflow up to date, prints the table. One Ctrl-C ends all of it.
+
+    python -m stages.pipeline.repro
+
+DVC ignores Ctrl-C while a stage runs, and with --keep-going it takes a stage that was told to stop for one that failed. So it runs
+in a session of its own, with all that it starts, and this process ends that session as a whole.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+
+from stages import UserError
+from stages.pipeline import warm
+
+COMMAND = (sys.executable, "-m", "stages.pipeline.warm", sys.executable, "-m", "dvc", "repro", "--keep-going")
+
+
+class Stopped(BaseException):
+    """Somebody asked this process to end."""
+
+
+def main() -> int:
+    """Make all that is missing; the exit code of DVC."""
+    from stages.pipeline import plan, tracking
+
+    plan.plan()
+    code = run(COMMAND)
+    synced = tracking.sync()
+    plan.table()
+    if not synced:  # last, for what was said before has scrolled away
+        print(
+            f"MLflow is not up to date: {tracking.last_trouble()}. All results are in the files; `make sync` tries again.",
+            flush=True,
+        )
+    return code
+
+
+def run(command: tuple[str, ...]) -> int:
+    """The exit code of a command that runs in a session of its own. Whatever ends this function ends that session too."""
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is somebody to end
+    group = subprocess.Popen(command, start_new_session=True, preexec_fn=_as_child)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        return group.wait()
+    finally:
+        _end(group)
+
+
+def _as_child() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    warm.end_with_parent()
+
+
+def _end(group: "subprocess.Popen[bytes]") -> None:
+    """End all processes of a group: in good order, and after a grace in any."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if not _members(group):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group.pid, how)
+        until = time.monotonic() + warm.GRACE
+        while _members(group) and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _members(group: "subprocess.Popen[bytes]") -> list[int]:
+    """Who of the group is alive. One that ended but was not waited for is not."""
+    group.poll()
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(pid) == group.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)  # once is enough
+    raise Stopped(number)
+
+
+if __name__ == "__main__":
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:  # as under nohup
+            signal.signal(name, _stop)
+    if "MAKELEVEL" in os.environ:
+        warm.end_with_parent()
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    os.environ["NAQSH_REPRO"] = secrets.token_hex(8)  # what MLflow may cost is counted for the whole of it
+    try:
+        code = main()
+    except UserError as error:
+        print(f"repro: {error}", file=sys.stderr)
+        code = 1
+    except Stopped as stopped:
+        print("\nStopped. `make repro` goes on from here.", file=sys.stderr, flush=True)
+        os._exit(128 + stopped.args[0])  # a thread that waits for MLflow holds nobody up
+    sys.exit(code)
