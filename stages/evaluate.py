@@ -119,7 +119,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     noisiest, cleanest = logsnr(torch.from_numpy(noise_levels(*about["levels"], size=about["size"], **how))[[-1, 0]]).tolist()
     grid = [level for level in evaluate.logsnr if noisiest <= level <= cleanest]
 
-    # Draw k of an image takes its u from the k-th part of [0, 1), the same u in every cell: for eps_mse, the same part of the chain.
+    # Draw k of an image takes its u from the k-th part of [0, 1), the same in every cell: for eps_mse the same part of the chain.
     def stratified() -> Tensor:
         u = [
             (torch.randperm(wanted, generator=rng) + torch.rand(wanted, generator=rng, dtype=torch.float64)) / wanted for _ in draws
