@@ -93,7 +93,10 @@ def score_set(
 
 
 def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, Any]:
-    """Losses of the network, told the labels, on test images: the same images and noise in every cell of a dataset.
+    """Losses of the network, told the labels, on test images: the same images in every cell of a dataset.
+
+    Each image gets the same normal draws in every cell, but at noise levels that differ with schedule and T; on `logsnr_grid` the
+    levels are the same too. The decoder is drawn last: where the grid is shorter, its normal draws are others.
 
     `eps_mse` is the mean over t uniform in 0..T-1: a property of the schedule, no measure of quality. `logsnr_grid`
     compares across schedules, at those of its levels that the network was trained at. `bits_per_dim` is the variational bound
@@ -116,7 +119,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     noisiest, cleanest = logsnr(torch.from_numpy(noise_levels(*about["levels"], size=about["size"], **how))[[-1, 0]]).tolist()
     grid = [level for level in evaluate.logsnr if noisiest <= level <= cleanest]
 
-    # Draw k of an image takes its u from the k-th part of [0, 1): the same fraction of the chain in cells of different T.
+    # Draw k of an image takes its u from the k-th part of [0, 1), the same in every cell: for eps_mse the same part of the chain.
     def stratified() -> Tensor:
         u = [
             (torch.randperm(wanted, generator=rng) + torch.rand(wanted, generator=rng, dtype=torch.float64)) / wanted for _ in draws

@@ -8,20 +8,30 @@ from stages.pipeline import params
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[(`?)([^\]`]+)`?\]\(([^)#\s]+)\)")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TO_HEADING = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
+PAGES = [ROOT / "README.md", *sorted(page for top in ("benchmarks", "data", "docs") for page in (ROOT / top).rglob("*.md"))]
 
 
 def links(page):
     return [(name, target, bool(code)) for code, name, target in LINK.findall(page.read_text()) if "://" not in target]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
     for name, target, code in links(page):
         path = page.parent / target
         assert path.exists(), f"{page.name} links to {target}"
         if code and path.suffix == ".py" and not name.endswith(".py"):
             assert re.search(rf"^(def|class) {re.escape(name)}\b", path.read_text(), re.MULTILINE), f"{target} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_heading_finds_it(page):
+    for target, anchor in TO_HEADING.findall(page.read_text()):
+        there = page.parent / target if target else page
+        headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert anchor in anchors, f"{page.name} links to {target}#{anchor}"
 
 
 def test_the_student_page_links_every_schedule_and_sampler():

@@ -89,7 +89,7 @@ def sde_dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, path: Tensor, noise: Nois
     """DPM-Solver++ (2M) of the reverse SDE: ancestral sampling around the x0_hat that DPM-Solver++ looks ahead to.
 
     As ddpm with the variance of the posterior, which it is where there is nothing to look ahead from, but of second order in
-    what the network believes: as good in few steps as ddpm in half as many again.
+    what the network believes. In few wide steps it loses less of the spread than ddpm (tests/diffusion/test_samplers.py).
 
     Args: as for ddpm.
 
@@ -105,7 +105,10 @@ def sde_dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, path: Tensor, noise: Nois
 
 
 def _ahead(x0_hat: Tensor, a: Tensor, a_next: Tensor, before: Before | None) -> tuple[Tensor, Before]:
-    """x0_hat drawn on to the middle of the step, in log-SNR, from the step before; and what the next step needs of this one."""
+    """x0_hat extrapolated to the middle of the step, in log-SNR, from the step before; and what the next step needs of this one.
+
+    The denoiser clips x0_hat; what is extrapolated from it is not clipped again and may lie outside [-1, 1].
+    """
     h = (logsnr(a_next) - logsnr(a)) / 2
     ahead = x0_hat
     if before is not None and a_next < 1:
@@ -199,7 +202,7 @@ def shifted_cosine(alpha_bar: Tensor, steps: int) -> Tensor:
     sets of samples less varied than real ones. The same for images of every size: what is in question at the clean end are
     single pixels, of large images too.
 
-    Source: the shifted cosine schedule of Hoogeboom et al. 2023 (simple diffusion), section 3.1; the 2 is measured.
+    Source: the shifted cosine schedule of Hoogeboom et al. 2023 (simple diffusion), section 3.1; the 2 was chosen by trial.
     """
     first, last = torch.exp(logsnr(alpha_bar[[-1, 0]]) / 2 + 1).atan().tolist()
     angles = torch.linspace(first, last, steps + 1, dtype=torch.float64, device=alpha_bar.device)[:-1]
@@ -267,7 +270,7 @@ def denoiser(
         unlabelled: the label that means "not told".
         guidance: w in output(y) + w (output(y) - output(unlabelled)); 0 is exactly the conditional model, in one evaluation.
         guidance_interval: log-SNR, lowest and highest, between which guidance acts; outside it w is 0.
-        clip: x0_hat to [-1, 1], where images are.
+        clip: x0_hat to [-1, 1], where images are; a sampler that extrapolates it may leave them.
 
     Source: Ho & Salimans 2022, eq. (6); the interval, Kynkäänniemi et al. 2024.
     """

@@ -101,7 +101,7 @@ def logsnr_shift(size: int, reference_size: int | None) -> float:
 
     In a larger image neighbouring pixels say the same and average the noise away, so the same SNR hides less; the shift makes
     up for it, and training spends its time where structure is decided. Photographs ask for 2 log, as many times the pixels as the
-    image has; strokes widen less than the image, and half of that was best for handwriting (benchmarks/RESULTS.md).
+    image has; strokes widen less than the image, so that half of that was chosen for handwriting, by trial.
 
     Source: Hoogeboom et al. 2023 (simple diffusion), section 3.1, but for the factor.
     """

@@ -11,8 +11,8 @@ RATE = 0.05  # share of a step's errors in the running mean
 class Balance(nn.Module):
     """Divides the errors of a batch by the running mean of those at their noise levels; in the mean over t a weight is 1.
 
-    At almost pure noise and at almost none an error is large and says little; undivided it drowns what the levels between teach,
-    where the shapes form.
+    The error of v, the default prediction, is large and says little at almost pure noise and at almost none; undivided it drowns
+    what the levels between teach, where the shapes form. That of x0 is large at the noisy end alone, that of eps at the clean one.
 
     Source: the weights that the learned uncertainties of Kendall et al. 2018, and of Karras et al. 2024 (EDM2) over noise levels,
     tend to; here a running mean takes their place.
