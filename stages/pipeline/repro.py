@@ -51,7 +51,8 @@ def run(command: tuple[str, ...]) -> int:
     group = subprocess.Popen(command, start_new_session=True, preexec_fn=_as_child)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        return group.wait()
+        code = group.wait()
+        return code if code >= 0 else 128 - code
     finally:
         _end(group)
 
