@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from stages import UserError
 from stages.pipeline import params, paths, results, sources
-from stages.pipeline.stage import read_json, whole_file
+from stages.pipeline.stage import whole_file
 
 PROFILES = Path("profiles")
 PER_CELL = ("train", "sample", "evaluate")
@@ -115,7 +115,8 @@ def expected_seconds(name: str) -> float | None:
     stage, _, item = name.partition("@")
     dataset = item.partition("-")[0]
     for pattern in (item, f"{dataset}-*", "*"):
-        seconds = [read_json(path)["seconds"] for path in paths.timing(stage, "x").parent.glob(f"{pattern}.json")]
+        found = [results.timing(stage, path.stem) for path in sorted(paths.timing(stage, "x").parent.glob(f"{pattern}.json"))]
+        seconds = [timing["seconds"] for timing in found if "seconds" in timing]
         if seconds:
             return mean(seconds)
     return None
@@ -167,10 +168,10 @@ def leftovers(loaded: params.Params) -> list[Path]:
 
 def profile(name: str) -> None:
     """Merge a profile into params.yaml, whole or not at all."""
-    path = PROFILES / f"{name}.yaml"
-    if not path.exists():
-        raise UserError(f"there is no profile {name!r}; there are: {', '.join(sorted(p.stem for p in PROFILES.glob('*.yaml')))}")
-    text = params.merged(path)
+    known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
+    if name not in known:
+        raise UserError(f"there is no profile {name!r}; there are: {', '.join(known)}")
+    text = params.merged(path := known[name])
     with whole_file(params.PARAMS) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{params.PARAMS} now holds {path}. `git diff {params.PARAMS}` shows it, `git checkout {params.PARAMS}` undoes it.")
