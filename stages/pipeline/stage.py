@@ -190,7 +190,7 @@ def damaged(path: Path, why: Exception | str) -> UserError:
     reason = " ".join(f"{type(why).__name__}: {why}".split() if isinstance(why, KeyError) else str(why).split())
     restore = (
         f"`git checkout {path}`, or delete it and run `dvc repro`"
-        if path.parts[:1] == ("metrics",)
+        if path.parts[:1] in (("metrics",), ("dvc.lock",))
         else "delete it and run `dvc repro`"
     )
     return UserError(f"{path} is damaged ({reason[:200]}); {restore}")
