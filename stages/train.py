@@ -99,14 +99,14 @@ def main(
     names = _fingerprints(cell.dataset, f"{schedule}-{T}-{cell.seed}", diffusion, network, train)
     with checkpoint.unfinished(names[-1]) as work, tracking.Live(cell) as live:
         losses, so_far = _restore(work, names, names if train.shared else names[:-1], modules, optimizers)
-        previews = work / "weights" / "previews"
+        previews, files = work / "weights" / "previews", so_far["files"]
         taken = train.shared and so_far["step"] == last.end
         if taken:
             print(f"{cell}: takes the network that is trained already", flush=True)
         elif so_far["step"]:
             print(f"{cell}: going on from step {so_far['step']} of {last.end}", flush=True)
         else:
-            figures.save_png(previews / f"{0:08d}.png", preview(net_ema, size, diffusion.prediction, alpha_bar))
+            _draw(previews / f"{0:08d}.png", preview(net_ema, size, diffusion.prediction, alpha_bar), files)
         _keep(work, phases, names, so_far["step"], train)  # a kill may have come between the end of a phase and this
         curve, clock, seconds = so_far["curve"], so_far["clock"], so_far["seconds"]
         marked, started = so_far["step"], time.perf_counter()  # since when `seconds` does not count
@@ -147,19 +147,21 @@ def main(
                     clock.append({"step": step, "images_per_sec": round(rate, 1), **peak_memory(), **checkpoint.device_memory()})
                     losses.clear()
                     picture = previews / f"{len(curve):08d}.png"  # by report, for trainings of any length to lie side by side
-                    figures.save_png(picture, preview(net_ema, size, diffusion.prediction, alpha_bar))
+                    _draw(picture, preview(net_ema, size, diffusion.prediction, alpha_bar), files)
                     live.report(curve[-1] | clock[-1], picture, step / last.end, (last.end - step) * train.batch / rate)
                 if step in snapshot_at:
                     file = work / "weights" / f"{snapshot_at[step]}.safetensors"
                     checkpoint.save_tensors(file, net_ema.state_dict(), **about, images=step * train.batch)
+                    files[file.name] = checkpoint.sha256(file)
                 marked, started = step, time.perf_counter()
             if step == phase.end or time.perf_counter() - saved >= runtime.checkpoint_seconds:
                 so_far = {"step": step, "curve": curve, "clock": clock, "seconds": seconds + time.perf_counter() - started}
                 over = step == phase.end
-                so_far["fingerprint"] = names[phases.index(phase)] if over else names[-1]
+                so_far |= {"files": files, "fingerprint": names[phases.index(phase)] if over else names[-1]}
                 checkpoint.save_state(work / STATE, modules, [] if over else optimizers, losses, **so_far)
                 _keep(work, phases, names, step, train)
                 saved = time.perf_counter()
+        checkpoint.check_files(work / "weights", files)
         with whole_files(paths.weights(str(cell))) as folder:
             for name in snapshot_at.values():
                 shutil.copy(work / "weights" / f"{name}.safetensors", folder)
@@ -172,6 +174,12 @@ def main(
 def _phases(train: params.Train) -> list[Phase]:
     ends = list(itertools.accumulate(math.ceil(images / train.batch) for images in train.images))
     return [Phase(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _draw(picture: Path, pixels: figures.Pixels, files: dict[str, str]) -> None:
+    """Write a preview, and put its SHA-256 into `files`."""
+    figures.save_png(picture, pixels)
+    files[f"{picture.parent.name}/{picture.name}"] = checkpoint.sha256(picture)
 
 
 def _keep(work: Path, phases: list[Phase], names: list[str], step: int, train: params.Train) -> None:
@@ -212,7 +220,7 @@ def _restore(
                 shutil.copytree(folder, copy, dirs_exist_ok=True)
         return found
     work.mkdir(exist_ok=True)
-    return [], {"step": 0, "curve": [], "clock": [], "seconds": 0.0}
+    return [], {"step": 0, "curve": [], "clock": [], "seconds": 0.0, "files": {}}
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stages import UserError, train
 from stages.diffusion.schedules import SCHEDULES
@@ -326,6 +327,100 @@ def test_a_broken_or_foreign_checkpoint_is_refused_with_a_warning(sections, kill
     assert killed_at(None) == list(range(1, 9))
     assert says in (told := capsys.readouterr().err)
     assert "starting over" in told
+    assert results() == unbroken
+
+
+def flip(file, where):
+    """Turn over one bit of a file, at a share of its length."""
+    content = bytearray(file.read_bytes())
+    content[int(where * len(content))] ^= 1 << int(where * 1e6) % 8
+    file.write_bytes(content)
+
+
+def test_one_flipped_bit_of_an_unfinished_training_never_leads_to_other_bits(sections, killed_at, capsys):
+    train.main(CELL, *sections)
+    unbroken = results()
+    killed_at(7)
+    state = checkpoint.workspace() / ".state"
+    shutil.copytree(state, kept := state.with_name("kept"))
+    (folder,) = (state / "checkpoints").iterdir()
+    files = [file.relative_to(folder) for file in folder.rglob("*.*") if file.is_file()]
+    assert {file.name for file in files} >= {"state.safetensors", "ema-25.safetensors", "ema-75.safetensors", "00000003.png"}
+    rng = np.random.default_rng(0)
+    for file in [*files, *[Path("state.safetensors")] * 12, *[Path("weights/ema-50.safetensors")] * 6]:
+        shutil.rmtree(state)
+        shutil.copytree(kept, state)
+        flip(folder / file, rng.random())
+        assert killed_at(None) in ([7, 8], list(range(1, 9)))
+        assert results() == unbroken, file
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1, file
+        assert "starting over" in told
+
+
+def test_one_flipped_bit_of_a_finished_training_never_leads_to_other_bits(sections, killed_at, capsys):
+    longer = changed(sections, images=[64, 80])
+    killed_at(None, longer)
+    from_nothing = results()
+    shutil.rmtree(state := checkpoint.workspace() / ".state")
+    killed_at(None)
+    (folder,) = (state / "finished").iterdir()
+    files = [file.relative_to(folder) for file in folder.rglob("*.*") if file.is_file()]
+    assert not any(file.name.startswith("ema") for file in files)
+    shutil.copytree(state, kept := state.with_name("kept"))
+    rng = np.random.default_rng(0)
+    for file in [*files, *files[:2]]:
+        shutil.rmtree(state)
+        shutil.copytree(kept, state)
+        flip(folder / file, rng.random())
+        assert killed_at(None, longer) == list(range(1, 19))
+        assert results() == from_nothing, file
+        assert capsys.readouterr().err.count("starting over") == 1
+
+
+def test_a_shared_network_whose_average_is_damaged_is_trained_again(sections, killed_at):
+    shared = changed(sections, shared=True)
+    assert killed_at(None, shared) == list(range(1, 9))
+    first = results()
+    (folder,) = checkpoint.workspace().glob(".state/finished/*")
+    flip(folder / "weights/ema-50.safetensors", 0.9)
+    assert killed_at(None, shared) == list(range(1, 9))
+    assert killed_at(None, shared) == []
+    (folder / "weights/ema.safetensors").unlink()
+    assert killed_at(None, shared) == list(range(1, 9))
+    assert results() == first
+
+
+def test_a_snapshot_that_changes_while_its_training_goes_on_does_not_reach_the_outs(sections, killed_at, monkeypatch):
+    keep = train._keep
+
+    def spoil(work, phases, names, step, options):
+        if step == 8:
+            flip(work / "weights/ema-25.safetensors", 0.9)
+        keep(work, phases, names, step, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_keep", spoil)
+        with pytest.raises(UserError, match=r"ema-25\.safetensors is damaged .*; run `dvc repro` again"):
+            train.main(CELL, *sections)
+    assert not paths.weights(str(CELL)).exists()
+    assert killed_at(None) == list(range(1, 9))
+
+
+def test_a_state_without_a_hash_or_of_another_shape_is_not_gone_on_from(sections, killed_at, capsys):
+    train.main(CELL, *sections)
+    unbroken = results()
+    killed_at(5)
+    (state,) = checkpoint.workspace().glob(".state/checkpoints/*/state.safetensors")
+    tensors, about = checkpoint.load_tensors(state)
+    save_file(tensors, state, metadata={"about": json.dumps(about)})  # as an earlier version wrote it
+    assert killed_at(5) == list(range(1, 5))
+    assert "earlier version" in capsys.readouterr().err
+    for spoilt in ({**tensors, "net/head.bias": torch.zeros(7)}, {key: tensors[key] for key in tensors if key != "losses"}):
+        checkpoint.save_tensors(state, spoilt, **about)
+        assert killed_at(5) == list(range(1, 5))
+        assert "starting over" in capsys.readouterr().err
+    assert killed_at(None) == list(range(5, 9))
     assert results() == unbroken
 
 

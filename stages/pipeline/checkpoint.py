@@ -5,42 +5,91 @@ that a longer training goes on from, and cells that share a network, in .state/f
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stages import ChangedError, UserError
 from stages.networks.classifier import Classifier
 from stages.networks.unet import UNet
 from stages.pipeline.provenance import content_hash, md5, workspace
-from stages.pipeline.stage import alone, check_unchanged, whole_file, whole_folder
+from stages.pipeline.stage import Held, alone, check_unchanged, damaged, whole_file, whole_folder
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
-    """Write tensors, whole, with JSON metadata. Under one key: safetensors writes several in an order that changes every time."""
-    metadata = {"about": json.dumps(about, sort_keys=True)}
+    """Write tensors, whole, with JSON metadata: `about` and the SHA-256 of all content, which `load_tensors` checks.
+
+    Under one key: safetensors writes several in an order that changes every time.
+    """
+    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    about = json.loads(json.dumps(about))  # as it will be read: with text for keys
+    metadata = {"about": json.dumps([about, _sha256(on_cpu, about)], sort_keys=True)}
     with whole_file(path) as temporary:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata=metadata)
+        save_file(on_cpu, temporary, metadata=metadata)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, on the CPU, and its metadata. Raises UserError when it is missing or damaged."""
+    """The tensors of a file, on the CPU, and its metadata. Raises UserError when it is missing or damaged.
+
+    A file of an earlier version has no SHA-256 and is loaded unchecked.
+    """
+    tensors, about, _ = _read(path)
+    return tensors, about
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
+    """The tensors of a file, its metadata, and whether its content was checked against its SHA-256."""
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-        return load_file(path), about
+            said = json.loads((file.metadata() or {})["about"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        about, digest = (said, None) if isinstance(said, dict) else said
+        if not isinstance(about, dict) or digest not in (None, _sha256(tensors, about)):
+            raise ValueError("its content is not what was written")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; `dvc repro` makes it") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run `dvc repro`") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise damaged(path, error) from None
+    return Held(path, tensors), Held(path, about), digest is not None
+
+
+def _sha256(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """SHA-256 of the metadata and of the name, type, shape and bytes of every tensor."""
+    names = sorted(tensors)
+    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    hashed = hashlib.sha256(json.dumps([about, described], sort_keys=True).encode())
+    for name in names:
+        hashed.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file; empty when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def check_files(folder: Path, files: dict[str, str]) -> None:
+    """Compare files with what they were when written. Raises UserError when one is missing or damaged.
+
+    Args:
+        files: SHA-256 by name in the folder.
+    """
+    for name, digest in files.items():
+        if sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is damaged (its content is not what was written); run `dvc repro` again")
 
 
 def device() -> torch.device:
@@ -62,17 +111,30 @@ def device_memory() -> dict[str, int]:
 def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
     """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, ..."""
     weights, about = load_tensors(path)
-    net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
-    net.load_state_dict(weights)
+    with _built_from(path):
+        net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
+        net.load_state_dict(weights)
     return net.to(device(), memory_format=torch.channels_last).eval(), about  # type: ignore[call-overload]
 
 
 def load_classifier(path: Path) -> Classifier:
     """A trained classifier in eval mode on `device()`."""
     weights, about = load_tensors(path)
-    net = Classifier(**about["classifier"])
-    net.load_state_dict(weights)
+    with _built_from(path):
+        net = Classifier(**about["classifier"])
+        net.load_state_dict(weights)
     return net.to(device()).to(memory_format=torch.channels_last).eval()
+
+
+@contextlib.contextmanager
+def _built_from(path: Path) -> Iterator[None]:
+    """Tell, in one line, that a file does not hold the network that it says."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
 
 
 def fingerprint(files: Iterable[Path], *values: Any) -> str:
@@ -129,7 +191,7 @@ def save_state(
 
     Args:
         losses: 0-d tensors, those of the steps since the last report.
-        about: anything that JSON can hold; `fingerprint` among it.
+        about: anything that JSON can hold; among it `fingerprint`, and `files`: SHA-256 by name of what is in weights/ beside it.
     """
     tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
@@ -140,20 +202,34 @@ def save_state(
 
 
 def load_state(
-    path: Path, names: Collection[str], modules: dict[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+    path: Path, names: Sequence[str], modules: dict[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """What `save_state` wrote: modules and optimizers are set in place, `losses` and `about` returned.
 
+    At the end of an earlier phase no averages are needed: `files` leaves them out.
+
+    Args:
+        names: the fingerprints that will do; the last is that of the training itself, the others of its earlier phases.
+
     Raises:
-        UserError: the file is missing or damaged, or its fingerprint is none of `names`; nothing is set then.
+        UserError: the file, or one in weights/, is missing or damaged, or its fingerprint is none of `names`; nothing is set then.
     """
-    tensors, about = load_tensors(path)
+    tensors, about, checked = _read(path)
     if about.get("fingerprint") not in names:
         raise UserError(f"{path} is of another training")
+    if not checked:
+        raise UserError(f"{path} is of an earlier version, without a SHA-256")
+    needed = about["fingerprint"] == names[-1]
+    files = {name: digest for name, digest in about["files"].items() if needed or not name.startswith("ema")}
+    check_files(path.parent / "weights", files)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
+    for name, module in modules.items():
+        if _shapes(module.state_dict()) != _shapes(under(f"{name}/")):
+            raise UserError(f"{path} is of another network")
+    losses = list(tensors["losses"].to(device()))
     for name, module in modules.items():
         module.load_state_dict(under(f"{name}/"))
     for i, optimizer in enumerate(optimizers):
@@ -161,7 +237,11 @@ def load_state(
         state = {index: _laid_out(weight, under(f"{i}/{index}/")) for index, weight in enumerate(weights)}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {index: values for index, values in state.items() if values}, "param_groups": groups})
-    return list(tensors["losses"].to(device())), about
+    return losses, {**about, "files": files}
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _laid_out(weight: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from stages import UserError
 from stages.pipeline import params, paths, results, sources, warm
 from stages.pipeline.provenance import Tree, git
-from stages.pipeline.stage import read_json, whole_file
+from stages.pipeline.stage import whole_file
 
 PROFILES = Path("profiles")
 PER_CELL = ("train", "sample", "evaluate")
@@ -110,7 +110,7 @@ def mend_lock() -> subprocess.CompletedProcess[str]:
     whole = _lock_entries(text)
     if whole:
         whole.popitem()
-    entries = _lock_entries(git("show", f"HEAD:./{file}")) | whole
+    entries = _lock_entries(git("show", f"HEAD:./{file}") or "") | whole
     with whole_file(file) as temporary:
         body = "".join(entries.values())
         temporary.write_text(f"schema: '2.0'\nstages:{chr(10) + body if body else ' {}' + chr(10)}", encoding="utf-8")
@@ -162,7 +162,8 @@ def expected_seconds(name: str) -> float | None:
     stage, _, item = name.partition("@")
     dataset = item.partition("-")[0]
     for pattern in (item, f"{dataset}-*", "*"):
-        seconds = [read_json(path)["seconds"] for path in paths.timing(stage, "x").parent.glob(f"{pattern}.json")]
+        found = [results.timing(stage, path.stem) for path in sorted(paths.timing(stage, "x").parent.glob(f"{pattern}.json"))]
+        seconds = [timing["seconds"] for timing in found if "seconds" in timing]
         if seconds:
             return mean(seconds)
     return None
@@ -217,10 +218,10 @@ def leftovers(loaded: params.Params) -> list[Path]:
 
 def profile(name: str) -> None:
     """Merge a profile into params.yaml, whole or not at all."""
-    path = PROFILES / f"{name}.yaml"
-    if not path.exists():
-        raise UserError(f"there is no profile {name!r}; there are: {', '.join(sorted(p.stem for p in PROFILES.glob('*.yaml')))}")
-    text = params.merged(path)
+    known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
+    if name not in known:
+        raise UserError(f"there is no profile {name!r}; there are: {', '.join(known)}")
+    text = params.merged(path := known[name])
     with whole_file(params.PARAMS) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{params.PARAMS} now holds {path}. `git diff {params.PARAMS}` shows it, `git checkout {params.PARAMS}` undoes it.")

@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages import UserError
+from stages import UserError, masked
 from stages.pipeline import params, paths
 from stages.pipeline.params import Cell
+from stages.pipeline.stage import damaged, sound
 
 # What can change a result, beside the data: a run is `dirty` when one of these differs from the commit.
 DECISIVE = ("stages", "params.yaml", "dvc.yaml", "pyproject.toml", "constraints.txt")
+
+
+LOCK = Path("dvc.lock")
 
 
 def workspace() -> Path:
@@ -41,14 +45,18 @@ class Tree:
     def read(cls) -> "Tree":
         """The tree in the current folder."""
         stages = params.read_yaml(Path("dvc.yaml"))["stages"]
-        text = Path("dvc.lock").read_text(encoding="utf-8") if Path("dvc.lock").exists() else ""
+        text = _lock()
         lock = {entry.partition(":\n")[0].strip(): entry for entry in re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:]}
         return cls({name: stage for name, stage in stages.items() if "matrix" in stage}, lock, params.load())
 
     def recorded(self, stage: str) -> dict[str, Any]:
-        """What dvc.lock says of a stage; nothing where it does not know it."""
-        entry = params.parse_yaml(self.lock.get(stage, ""), Path("dvc.lock"))
-        return dict(entry[stage]) if entry else {}
+        """What dvc.lock says of a stage; nothing where it does not know it. Raises UserError where it is damaged."""
+        entry = params.parse_yaml(self.lock.get(stage, ""), LOCK)
+        with sound(LOCK):
+            found = dict(entry[stage]) if entry else {}
+            for item in (*found.get("deps", []), *found.get("outs", [])):
+                item["path"], item["md5"]
+            return found
 
     def key(self, cell: Cell) -> str:
         """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
@@ -58,7 +66,7 @@ class Tree:
         """
         code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
-        flat = self.chain_params(cell)
+        flat = self._chain(cell)
         decisive = {name: value for name, value in flat.items() if not _is_way(name)}
         return content_hash([decisive, text, self.raw_digest(cell.dataset)])[:32]
 
@@ -70,7 +78,13 @@ class Tree:
         raise UserError(f"dvc.lock does not record {paths.raw(dataset)}; `dvc repro fetch@{dataset}` does")
 
     def chain_params(self, cell: Cell) -> dict[str, Any]:
-        """The parameters that lead to a cell's scores, by dotted name, as its dataset sees them, and what makes the cell."""
+        """The parameters that lead to a cell's scores, by dotted name, as its dataset sees them, and what makes the cell.
+
+        For the record: secrets in them are masked.
+        """
+        return {name: masked(value) if isinstance(value, str) else value for name, value in self._chain(cell).items()}
+
+    def _chain(self, cell: Cell) -> dict[str, Any]:
         flat: dict[str, Any] = {"dataset": cell.dataset, "schedule": cell.schedule, "T": cell.T, "seed": cell.seed}
         seen = self.params.model_copy(update={"train": self.params.train.of(cell.dataset)})
         for stage in self.stages.values():
@@ -98,7 +112,7 @@ class Tree:
                 return True
             entry = self.recorded(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
-            if entry.get("params", {}).get("params.yaml") != _params_of(stage, cell, self.params):
+            if (entry.get("params") or {}).get("params.yaml") != _params_of(stage, cell, self.params):
                 return False
             if locked.keys() != {_resolve(dep, cell) for dep in stage["deps"]}:
                 return False
@@ -106,7 +120,18 @@ class Tree:
                 return False
             made |= {out["path"]: out["md5"] for out in entry.get("outs", [])}
         scores = paths.scores("evaluate", str(cell))
-        return made[str(scores)] == md5(scores)
+        return made.get(str(scores)) == md5(scores)
+
+
+def _lock() -> str:
+    """The text of dvc.lock; empty where there is none. Raises UserError when it is no text, or two texts at once."""
+    try:
+        text = LOCK.read_text(encoding="utf-8") if LOCK.exists() else ""
+    except (OSError, ValueError) as error:
+        raise damaged(LOCK, error) from None
+    if re.search(r"^(<<<<<<<|>>>>>>>) ", text, re.MULTILINE):
+        raise UserError(f"{LOCK} has conflict markers of git; `git checkout --ours {LOCK}`, then `dvc repro`")
+    return text
 
 
 def outputs(loaded: params.Params) -> list[str]:
@@ -123,12 +148,16 @@ def _params_of(stage: dict[str, Any], cell: Cell, loaded: params.Params) -> dict
 
 
 def origins() -> dict[str, dict[str, str]]:
-    """By the MD5 of an output: the first commit or experiment whose dvc.lock holds it, and the command that restores it."""
-    refs = git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()
+    """By the MD5 of an output: the first commit or experiment whose dvc.lock holds it, and the command that restores it.
+
+    Nothing where git cannot answer.
+    """
+    refs = (git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or "").splitlines()
     experiments = {ref.split()[0]: ref.split("/")[-1] for ref in refs if "refs/exps/exec/" not in ref}
     found: dict[str, dict[str, str]] = {}
     commit = ""
-    for line in git("log", "--all", "--reverse", "--format=commit %H", "--patch", "-U0", "--", "dvc.lock").splitlines():
+    history = ("--all", "--reverse", "--no-show-signature", "--no-notes", "--no-follow", "--format=commit %H", "--patch")
+    for line in (git("log", *history, *_PLAIN, "-U0", "--", "dvc.lock") or "").split("\n"):
         word, _, rest = line.partition(" ")
         if word == "commit":
             commit = rest
@@ -139,15 +168,57 @@ def origins() -> dict[str, dict[str, str]]:
     return found
 
 
-def uncommitted() -> str:
-    """The diff of the decisive files against HEAD, new files included; empty when there is none."""
-    new = git("ls-files", "--others", "--exclude-standard", "--", *DECISIVE).splitlines()
-    return git("diff", "HEAD", "--", *DECISIVE) + "".join(git("diff", "--no-index", "--", os.devnull, path) for path in new)
+def commit() -> str | None:
+    """The hash of the commit that is checked out; None where git cannot tell.
+
+    That is where there is no git, no repository or no commit, or where it belongs to another user or to another project.
+    """
+    return (git("rev-parse", "--verify", "--quiet", "HEAD^{commit}") or "").strip() or None if _is_tracked() else None
 
 
-def git(*arguments: str) -> str:
-    """What git prints in the current folder; nothing where it fails, for instance outside a repository."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, errors="replace").stdout
+def uncommitted() -> str | None:
+    """The diff of the decisive files against HEAD, secrets masked, and the names of those that git does not track.
+
+    Empty when there is none; None where git cannot tell.
+    """
+    changed = git("diff", *_PLAIN, "-U3", "HEAD", "--", *DECISIVE)
+    others = git("ls-files", "-z", "--others", "--", *DECISIVE)
+    if changed is None or others is None or not _is_tracked():
+        return None
+    new = [name for name in others.split("\0") if name in DECISIVE or name.endswith((".py", "/"))]
+    return masked(changed) + "".join(f"# git does not track {name}: its content is not kept\n" for name in new)
+
+
+def dirty() -> str:
+    """Whether what decides a result differs from the commit: true, false, or unknown where git cannot tell."""
+    found = uncommitted()
+    return "unknown" if found is None else str(bool(found)).lower()
+
+
+def _is_tracked() -> bool:
+    """Whether the repository holds any of the decisive files: else this folder merely lies in another project's."""
+    return bool(git("ls-files", "--", *DECISIVE))
+
+
+# Settings that a person's git may have, and that change what a diff looks like.
+_PLAIN = (
+    *("--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--no-relative", "--src-prefix=a/", "--dst-prefix=b/"),
+    *("--diff-algorithm=myers", "--inter-hunk-context=0", "--ignore-submodules=none", "--submodule=short", f"-O{os.devnull}"),
+)
+_SETTINGS = {"core.quotePath": "off", "core.fsmonitor": "false", "diff.suppressBlankEmpty": "false", "log.showRoot": "true"}
+_ENVIRONMENT = {"GIT_OPTIONAL_LOCKS": "0", "GIT_PAGER": "cat", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints in the current folder, whatever the person's settings; None where it fails or is missing."""
+    settings = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIFF_OPTS", "GIT_EXTERNAL_DIFF")}
+    command = ["git", "--no-pager", *settings, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=environment | _ENVIRONMENT)
+    except OSError:
+        return None
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None
 
 
 def content_hash(value: Any) -> str:

@@ -1,13 +1,17 @@
 """What the files say of a cell: one flat row of numbers, the loss curve, and the table of a sweep."""
 
 import csv
+import functools
+import io
+import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from stages import UserError
 from stages.pipeline import paths
 from stages.pipeline.params import Cell
-from stages.pipeline.stage import read_json
+from stages.pipeline.stage import damaged, read_json, sound
 
 IDENTITY = ("cell", "dataset", "schedule", "T", "seed", "network")
 CLOCKED = ("train", "sample", "evaluate")
@@ -41,6 +45,11 @@ def row(cell: Cell) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"cell {cell} has no {path}; `dvc repro evaluate@{cell}` makes it")
     scores = read_json(path)
+    with sound(path):
+        return _flat(cell, scores)
+
+
+def _flat(cell: Cell, scores: dict[str, Any]) -> dict[str, Any]:
     identity = (str(cell), cell.dataset, cell.schedule, cell.T, cell.seed, scores.get("network", "own"))
     flat: dict[str, Any] = dict(zip(IDENTITY, identity, strict=True))
     flat |= _numbers("", scores["fast"]) | _numbers("", {key: value for key, value in scores.items() if key != "fast"})
@@ -48,8 +57,7 @@ def row(cell: Cell) -> dict[str, Any]:
         flat |= {f"{key}_at_{point['logsnr']:g}": value["value"] for key, value in point.items() if key != "logsnr"}
     flat["train_images"] = scores["over_training"][-1]["trained_images"]
     for stage in CLOCKED:
-        if (timing := paths.timing(stage, str(cell))).exists():
-            flat |= _numbers(f"{stage}_", read_json(timing))
+        flat |= _numbers(f"{stage}_", timing(stage, str(cell)))
     for kind in ("fast", "ancestral"):
         if rate := flat.get(f"sample_{kind}_images_per_sec"):
             flat[f"{kind}_seconds_per_image"] = 1 / rate
@@ -61,21 +69,52 @@ def loss_curve(cell: Cell) -> list[dict[str, float]]:
     path = paths.loss_curve(str(cell))
     if not path.exists():
         raise UserError(f"cell {cell} has no {path}; `dvc repro train@{cell}` makes it")
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        found = [{key: float(value) for key, value in row.items() if value or key in ("step", "images")} for row in rows]
+        if not text.endswith("\n") or not rows or not {"step", "images"} <= found[0].keys():
+            raise ValueError("it is cut off")
+        if not all(math.isfinite(value) for row in found for value in row.values()):
+            raise ValueError("a value is not finite")
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise damaged(path, error) from None
+    return found
 
 
 def over_training(cell: Cell) -> list[dict[str, float]]:
     """Scores of the averages at each quarter of the last phase: `images` trained on, the names in OVER_TRAINING, their errors."""
-    points = read_json(paths.scores("evaluate", str(cell)))["over_training"]
-    found = [{"images": point["trained_images"]} | _numbers("snapshot_", point) for point in points]
+    path = paths.scores("evaluate", str(cell))
+    with sound(path):
+        points = read_json(path)["over_training"]
+        found = [{"images": point["trained_images"]} | _numbers("snapshot_", point) for point in points]
     return [{name: value for name, value in row.items() if name.startswith(("images", *OVER_TRAINING))} for row in found]
 
 
 def clocked_by_step(cell: Cell) -> list[dict[str, float]]:
     """What training measured with a clock at each report; nothing where it was not recorded."""
-    path = paths.timing("train", str(cell))
-    return read_json(path).get("by_step", []) if path.exists() else []
+    return [_numbers("", point) for point in timing("train", str(cell)).get("by_step", [])]
+
+
+def timing(stage: str, name: str) -> dict[str, Any]:
+    """What a stage measured with a clock; nothing where it was not recorded. No result needs it: damage to it is told, no error."""
+    path = paths.timing(stage, name)
+    try:
+        found = dict(read_json(path)) if path.exists() else {}
+        with sound(path):
+            numbers = [found.get("seconds", 0), *(dict(point)["step"] for point in found.get("by_step", []))]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise damaged(path, "it is no record of a stage")
+        return found
+    except UserError as error:
+        _tell(str(error))
+        return {}
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Print a line on stderr, once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -67,7 +68,8 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise
-        sys.exit(f"{stage}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}. When that is mended, `make repro` goes on")
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{stage}: {where}{error.strerror}. When that is mended, `make repro` goes on")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -203,11 +205,15 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file, whole, ending in a newline. NaN and infinity are refused: they are not JSON.
+    """Write a small JSON file, whole, ending in a newline. Raises UserError for NaN and infinity: they are not JSON.
 
     Fractions keep six significant digits: beyond, they depend on how a linear algebra library adds up on this processor.
     """
-    rounded = json.loads(json.dumps(value, allow_nan=False), parse_float=lambda text: float(f"{float(text):.6g}"))
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path} is not written: {error}") from None
+    rounded = json.loads(text, parse_float=lambda text: float(f"{float(text):.6g}"))
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(rounded, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -222,12 +228,57 @@ def write_archive(path: Path, folder: Path) -> None:
                 shutil.copyfileobj(source, target, 2**20)
 
 
+class Held(dict[str, Any]):
+    """What a file holds by name; a name that is missing is told as damage to the file, in one line."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise damaged(self._path, f"it has no {name!r}")
+
+
+def damaged(path: Path, why: Exception | str) -> UserError:
+    """The error that tells of a damaged file, in one line."""
+    reason = " ".join(f"{type(why).__name__}: {why}".split() if isinstance(why, KeyError) else str(why).split())
+    restore = (
+        f"`git checkout {path}`, or delete it and run `dvc repro`"
+        if path.parts[:1] in (("metrics",), ("dvc.lock",))
+        else "delete it and run `dvc repro`"
+    )
+    return UserError(f"{path} is damaged ({reason[:200]}); {restore}")
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError when it is missing."""
+    """The mapping that a JSON file holds. Raises UserError when it is missing or damaged, and when a name in it is missed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"^(<<<<<<<|>>>>>>>) ", text, re.MULTILINE):
+            raise ValueError("it has conflict markers of git")
+        value = json.loads(text, object_hook=lambda found: Held(path, found), parse_constant=_refuse)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no mapping")
+        return value
     except FileNotFoundError:
         raise UserError(f"{path} is missing; `dvc repro` makes it") from None
+    except (OSError, ValueError, RecursionError) as error:  # what is no UTF-8 is a ValueError too
+        raise damaged(path, error) from None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+@contextlib.contextmanager
+def sound(path: Path) -> Iterator[None]:
+    """Tell, in one line, that the content of a file is not of the form that the block takes it for."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
 
 
 def progress(items: Iterable[Any] = (), *, total: int, unit: str, label: str, initial: int = 0) -> "tqdm[Any]":

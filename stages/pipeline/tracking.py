@@ -314,8 +314,8 @@ def _create(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell) -> 
     """A run that knows what it is of, and the code and the parameters that make it."""
     from mlflow.entities import Param
 
-    commit, patch = provenance.git("rev-parse", "HEAD").strip(), provenance.uncommitted()
-    tags = {"naqsh.key": tree.key(cell), "naqsh.cell": str(cell), "naqsh.workspace": _here(), "dirty": str(bool(patch)).lower()}
+    commit, patch, dirty = provenance.commit(), provenance.uncommitted(), provenance.dirty()
+    tags = {"naqsh.key": tree.key(cell), "naqsh.cell": str(cell), "naqsh.workspace": _here(), "dirty": dirty}
     tags |= {"dataset": cell.dataset, "schedule": cell.schedule, "T": str(cell.T), "seed": str(cell.seed), "current": "true"}
     tags |= {"commit": commit, "mlflow.source.git.commit": commit} if commit else {}
     tags |= {"mlflow.runColor": view.color(cell, tree.params.sweep)}
