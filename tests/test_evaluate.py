@@ -19,7 +19,7 @@ from stages.fidelity.frechet import Gaussian
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths
 from stages.pipeline.checkpoint import load_classifier, load_network, load_tensors, save_tensors
-from stages.pipeline.stage import read_json, write_json
+from stages.pipeline.stage import read_json
 
 SIZE, CLASSES, N = 16, 3, 200
 EXTRACTOR = params.Extractor(images=1600, batch=32, lr=3e-3, seed=0)
@@ -65,9 +65,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tree")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        save_tensors(paths.prepared("bars") / "train.safetensors", bars(2 * N + 50, seed=0))
-        save_tensors(paths.prepared("bars") / "test.safetensors", bars(120, seed=1))
-        write_json(paths.prepared("bars") / "dataset.json", {"class_names": ["top", "middle", "bottom"]})
+        for split, drawn in (("train", bars(2 * N + 50, seed=0)), ("test", bars(120, seed=1))):
+            save_tensors(paths.prepared("bars") / f"{split}.safetensors", drawn, class_names=["top", "middle", "bottom"])
         extractor.main("bars", EXTRACTOR)
         reference.main("bars", N, N // 4)
         yield folder
@@ -84,8 +83,8 @@ def test_images_without_labels_are_told_apart_by_how_they_are_turned(tmp_path: P
     monkeypatch.chdir(tmp_path)
     for split, n in (("train", 2 * N + 50), ("test", 120)):
         drawn = bars(n, seed=n)
-        save_tensors(paths.prepared("flat") / f"{split}.safetensors", {"images": drawn["images"], "labels": drawn["labels"] * 0})
-    write_json(paths.prepared("flat") / "dataset.json", {"class_names": ["unlabelled"]})
+        drawn["labels"] *= 0
+        save_tensors(paths.prepared("flat") / f"{split}.safetensors", drawn, class_names=["unlabelled"])
     extractor.main("flat", EXTRACTOR)
     reference.main("flat", N, N // 4)
     images = bars(N, seed=7)["images"]

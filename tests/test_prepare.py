@@ -13,7 +13,7 @@ from stages.datasets import glyphs, mnist, readers
 from stages.datasets.images import to_float
 from stages.datasets.readers import READERS
 from stages.diffusion.schedules import SCHEDULES
-from stages.pipeline import params, paths
+from stages.pipeline import params, paths, stage
 from stages.pipeline.checkpoint import load_tensors
 from stages.pipeline.stage import read_json
 
@@ -60,8 +60,8 @@ def reader(request, tmp_path, monkeypatch) -> str:
     """Each reader in turn, with small raw data in place."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(glyphs, "FONT_PACKAGES", {"fontpkg-almarai": r"Almarai-Bold\.ttf"})
-    raw = paths.raw(request.param)
-    raw.mkdir(parents=True)
+    raw = tmp_path / "raw"
+    raw.mkdir()
     if request.param == "mnist":
         rng = np.random.default_rng(0)
         for split, n in (("train", 30), ("t10k", 12)):
@@ -69,12 +69,14 @@ def reader(request, tmp_path, monkeypatch) -> str:
             (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 9, n)))  # no nine
         table = {file.name: mnist.Published(file.stat().st_size, digest(file)) for file in raw.iterdir()}
         monkeypatch.setattr(mnist, "FILES", table)
+        stage.write_archive(paths.raw(request.param), raw)
         return request.param
     pictures(tmp_path / "archive", "below/{label}.{i}.png")
     pictures(tmp_path / "folder", "{label}/{i}.png")
     (tmp_path / "hoda").mkdir()
     (tmp_path / "hoda/some.cdb").write_bytes(cdb(60))
     readers.fetch(raw, SECTIONS[request.param].model_dump())
+    stage.write_archive(paths.raw(request.param), raw)
     return request.param
 
 
@@ -86,13 +88,13 @@ def test_every_reader_is_tried_here():
     assert set(SECTIONS) == set(READERS)
 
 
-def test_prepared_tensors_and_what_is_said_of_them(reader):
+def test_prepared_tensors_and_what_is_said_of_them(reader, tmp_path):
     stray = paths.prepared(reader) / "stray"
     stray.parent.mkdir(parents=True)
     stray.touch()
     prepare.main(reader, SECTIONS[reader])
     folder = paths.prepared(reader)
-    assert {file.name for file in folder.iterdir()} == {"train.safetensors", "test.safetensors", "dataset.json"}
+    assert {file.name for file in folder.iterdir()} == {"train.safetensors", "test.safetensors", "dataset.json", "stray"}
     about = read_json(folder / "dataset.json")
     assert set(about) - {"dropped_files", "of"} == {
         *("reader", "synthetic", "licence", "source_sha256", "size", "class_names"),
@@ -100,11 +102,12 @@ def test_prepared_tensors_and_what_is_said_of_them(reader):
     }, "no date, host, path or route"
     assert about["reader"] == reader
     assert about["synthetic"] == (reader in ("glyphs", "mix"))
-    raw = paths.raw(reader)
+    raw = tmp_path / "raw"
     files = [file for file in raw.rglob("*") if file.is_file()]
     assert about["source_sha256"] == {str(file.relative_to(raw)): digest(file) for file in files}
     for split in ("train", "test"):
-        tensors, _ = load_tensors(folder / f"{split}.safetensors")
+        tensors, described = load_tensors(folder / f"{split}.safetensors")
+        assert described["class_names"] == about["class_names"]
         images, labels = tensors["images"], tensors["labels"]
         assert set(tensors) == {"images", "labels"} | ({"sources"} if reader == "mix" else set())
         assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)

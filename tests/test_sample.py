@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -19,8 +17,8 @@ def options(tmp_path, monkeypatch):
     """An untrained network in an empty folder, and sizes small enough to draw from it in a second."""
     monkeypatch.chdir(tmp_path)
     save_network(conditional=True)
-    paths.prepared("toy").mkdir(parents=True)
-    (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"images_per_class": {"test": [2, 1, 1]}}))
+    split = {"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1, 0, 2])}
+    checkpoint.save_tensors(paths.prepared("toy") / "test.safetensors", split, class_names=["a", "b", "c"])
     return params.Sample(
         images=10, ancestral_images=5, snapshot_images=6, guidance=0.3, guidance_interval=[-4.0, 4.0], clip_x0=True,
         precision="fp32", chunk=4,

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import typing
+import zipfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -28,8 +29,8 @@ def sections(tmp_path, monkeypatch):
     monkeypatch.setattr(train.tracking, "Live", lambda cell: live)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (48, 1, 8, 8), generator=rng, dtype=torch.uint8)
-    checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", {"images": images, "labels": torch.arange(48) % 2})
-    (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"class_names": ["a", "b"]}))
+    split = {"images": images, "labels": torch.arange(48) % 2}
+    checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", split, class_names=["a", "b"])
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
         "shared": False, "images": 64, "longer": {}, "batch": 8, "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None,
@@ -100,7 +101,9 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     folder = paths.weights(str(CELL))
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")}
     weights = {f"{name}.safetensors" for name in ("ema-25", "ema-50", "ema-75", "ema", "raw")}
-    assert names == weights | {f"previews/0000000{report}.png" for report in range(5)}
+    assert names == weights | {"previews.zip"}
+    with zipfile.ZipFile(folder / "previews.zip") as archive:
+        assert archive.namelist() == [f"0000000{report}.png" for report in range(5)]
     rows = list(csv.DictReader(paths.loss_curve(str(CELL)).open()))
     assert [int(row["images"]) for row in rows] == [16, 32, 48, 64]
     assert all(0.1 < float(row["train_loss"]) < 3 for row in rows)
@@ -166,8 +169,8 @@ def test_every_seed_has_an_order_and_noise_of_its_own():
 def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_is_trained_on(sections, monkeypatch):
     """Images of one class lie together, each of one grey, by which it is recognised."""
     images = torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1).expand(48, 1, 8, 8)
-    checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", {"images": images, "labels": torch.arange(48) // 12})
-    (paths.prepared("toy") / "dataset.json").write_text(json.dumps({"class_names": list("abcd")}))
+    split = {"images": images, "labels": torch.arange(48) // 12}
+    checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", split, class_names=list("abcd"))
     q_sample, forward = train.process.q_sample, train.UNet.forward
     trained, validated, noise, told = [], [], [], []
 
@@ -429,7 +432,7 @@ def test_other_settings_data_or_code_start_over(sections, killed_at, monkeypatch
     assert killed_at(3, changed(sections, lr=2e-3)) == [1, 2]
     path = paths.prepared("toy") / "train.safetensors"
     split, _ = checkpoint.load_tensors(path)
-    checkpoint.save_tensors(path, {"images": split["images"].flip(0), "labels": split["labels"]})
+    checkpoint.save_tensors(path, {"images": split["images"].flip(0), "labels": split["labels"]}, class_names=["a", "b"])
     assert killed_at(3) == [1, 2]
     monkeypatch.setattr(checkpoint, "md5", lambda path: "changed" if path.name == "unet.py" else "same")
     assert killed_at(3) == [1, 2]

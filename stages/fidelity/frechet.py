@@ -50,7 +50,8 @@ def fid(real: Gaussian, fake_features: ArrayLike, seed: int = 0) -> tuple[float,
 
     The error is the sd over 20 seeded bootstrap resamples of the generated features: it speaks of which N images were
     drawn, not of the finite real set nor of the bias that falls with N; for that, read the floor at the same N.
-    Resamples do not keep class counts, so for sets drawn at fixed class frequencies it is on the safe side.
+    Resamples do not keep class counts. For sets drawn at fixed class frequencies it is therefore about twice too wide, and
+    2.8 times near the floor (measured over 12 noise seeds of one network, N = 1,000).
     """
     fake = np.asarray(fake_features, dtype=np.float64)
     root = _root(real.cov)
