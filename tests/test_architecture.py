@@ -139,7 +139,7 @@ def test_declared_params_follow_the_signature() -> None:
 
 
 def outs(stage: dict[str, Any]) -> set[str]:
-    entries = (*stage["outs"], *stage.get("plots", []), *stage.get("metrics", []))
+    entries = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
     return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
 
 
@@ -152,10 +152,12 @@ def promised(stage: str) -> set[str]:
 
     made = {
         "fetch": {str(paths.raw(name))},
-        "prepare": files(paths.prepared, "train.safetensors", "test.safetensors", "dataset.json") | {str(paths.data_figures(name))},
+        "prepare": files(paths.prepared, "train.safetensors", "test.safetensors", "dataset.json")
+        | files(paths.data_figures, "noising.png", "samples.png"),
         "extractor": {str(paths.extractor(name)), str(paths.scores(stage, name))},
         "reference": {str(paths.reference(name)), str(paths.scores(stage, name))},
-        "train": {str(paths.weights(name)), str(paths.loss_curve(name))},
+        "train": files(paths.weights, "previews.zip", *(f"{n}.safetensors" for n in ("ema-25", "ema-50", "ema-75", "ema", "raw")))
+        | {str(paths.loss_curve(name))},
         "sample": files(
             paths.samples,
             "fast.safetensors",
@@ -173,6 +175,15 @@ def promised(stage: str) -> set[str]:
 @pytest.mark.parametrize("stage", [stage for stage in GRAPH if stage != "compare"])
 def test_outs_are_where_paths_says(stage: str) -> None:
     assert outs(GRAPH[stage]) == promised(stage)
+
+
+def test_every_out_is_a_file_and_no_command_holds_a_parameter() -> None:
+    """DVC deletes a folder whole, with what others put there; and a shell reads a command."""
+    for name, stage in GRAPH.items():
+        assert stage["cmd"] == f"python -m stages.{name}"
+        assert all(Path(out).suffix for out in outs(stage)), name
+        uncached = [out for out in stage.get("outs", []) if isinstance(out, dict)]
+        assert not uncached or name == "compare", "a stage with such an output is never restored from the run cache"
 
 
 def test_data_deps_are_made_by_an_earlier_stage() -> None:

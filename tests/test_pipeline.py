@@ -90,7 +90,7 @@ def commit(folder: Path, message: str) -> None:
 
 def test_first_run_makes_everything(tree: Path) -> None:
     for stage in params.read_yaml(tree / "dvc.yaml")["stages"].values():
-        for out in (*stage["outs"], *stage.get("plots", []), *stage.get("metrics", [])):
+        for out in (out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])):
             path = out if isinstance(out, str) else next(iter(out))
             assert (tree / path.replace("${item.dataset}", "persian_glyphs").replace("${key}", CELL)).exists(), path
     summary = json.loads((tree / "metrics/summary.json").read_text())

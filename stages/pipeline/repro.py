@@ -91,7 +91,8 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-if __name__ == "__main__":
+def started() -> int:
+    """Run as a program: signals end it, mistakes are one line. The exit code."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(name) != signal.SIG_IGN:  # as under nohup
             signal.signal(name, _stop)
@@ -100,11 +101,14 @@ if __name__ == "__main__":
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     os.environ["NAQSH_REPRO"] = secrets.token_hex(8)  # what MLflow may cost is counted for the whole of it
     try:
-        code = main()
+        return main()
     except UserError as error:
         print(f"repro: {error}", file=sys.stderr)
-        code = 1
+        return 1
     except Stopped as stopped:
         print("\nStopped. `make repro` goes on from here.", file=sys.stderr, flush=True)
         os._exit(128 + stopped.args[0])  # a thread that waits for MLflow holds nobody up
-    sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(started())

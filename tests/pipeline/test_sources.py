@@ -1,9 +1,13 @@
 """A person's own files: where they are, and that a change of them is told."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 
+from stages import UserError
+from stages.datasets import readers
 from stages.pipeline import params, sources
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +34,19 @@ def test_relative_paths_start_at_the_repository_also_in_a_temporary_copy_of_it(t
     assert sources.resolved({"path": "~/mine"})["path"] == str(Path.home() / "mine")
 
 
+def remember(now: params.Params) -> None:
+    source = sources.Source.of("persian_hoda", sources.resolved(now.data["persian_hoda"].model_dump()))
+    source.remember(Path("nothing"))
+
+
+def test_a_source_that_is_gone_is_told_without_asking_to_take_that_in(tmp_path):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits/one").touch()
+    remember(loaded("digits"))
+    (tmp_path / "digits").rename(tmp_path / "unmounted")
+    assert sources.changed(loaded("digits")) == [f"{tmp_path / 'digits'} is not there; persian_hoda stays as it was fetched"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -37,7 +54,6 @@ def test_relative_paths_start_at_the_repository_also_in_a_temporary_copy_of_it(t
         (lambda folder: (folder / "sub/two").unlink(), "3 files then, 2 now"),
         (lambda folder: (folder / "one").write_text("longer"), "3 files, other names, sizes or times"),
         (lambda folder: (folder / "one").rename(folder / "uno"), "3 files, other names, sizes or times"),
-        (lambda folder: folder.rename(folder.with_name("elsewhere")), "3 files then, 0 now"),
     ],
 )
 def test_a_change_is_told_with_what_takes_it_in(tmp_path, change, says):
@@ -47,7 +63,7 @@ def test_a_change_is_told_with_what_takes_it_in(tmp_path, change, says):
         (folder / name).write_text("x")
     now = loaded("digits")
     assert sources.changed(now) == [], "never fetched here: nothing to compare with"
-    sources.remember("persian_hoda", sources.look(sources.resolved(now.data["persian_hoda"].model_dump())))
+    remember(now)
     assert sources.changed(now) == []
     change(folder)
     (line,) = sources.changed(now)
@@ -60,5 +76,67 @@ def test_another_path_is_no_change_for_dvc_sees_it(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    sources.remember("persian_hoda", sources.look(sources.resolved(loaded("a").data["persian_hoda"].model_dump())))
+    remember(loaded("a"))
     assert sources.changed(loaded("b")) == []
+
+
+def folder(path: str) -> params.FolderData:
+    options = {"licence": "x", "size": 16, "invert": False, "pad": True, "test_share": 0.2, "seed": 0, "strict": False}
+    return params.FolderData(reader="folder", path=path, **options)
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """The project's graph and parameters, in the empty folder."""
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+
+
+@pytest.mark.usefixtures("graph")
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [
+        ("data/raw/mnist.fetched.zip", "is data/raw/mnist.fetched.zip"),
+        ("models/cells/mnist-cosine-200-0", "contains models/cells/mnist-cosine-200-0/"),
+        ("data/raw", "contains data/raw/mnist.fetched.zip"),
+        (".", "contains data/raw/mnist.fetched.zip"),
+        ("data/../data", "contains data/raw/mnist.fetched.zip"),
+        ("/", "contains data/raw/mnist.fetched.zip"),
+        ("link", "contains data/raw/mnist.fetched.zip"),
+        ("metrics/summary.json/deeper", "lies inside metrics/summary.json"),
+    ],
+)
+def test_a_source_among_the_outputs_is_refused(tmp_path, path, how):
+    (tmp_path / "data/raw").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data/raw")
+    with pytest.raises(UserError, match=re.escape(f"data.mine.path = {path} {how}")) as refused:
+        sources.refuse_outputs("mine", folder(path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("graph")
+def test_a_source_in_the_part_of_a_mix_or_behind_a_link_of_the_outputs_is_refused(tmp_path):
+    mix = params.MixData(reader="mix", of={"a": folder("fine"), "b": folder("data")})
+    with pytest.raises(UserError, match=r"data\.mine\.of\.b\.path = data contains"):
+        sources.refuse_outputs("mine", mix)
+    (tmp_path / "big/raw").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "big")
+    with pytest.raises(UserError, match=r"data\.mine\.path = big/raw contains"):
+        sources.refuse_outputs("mine", folder("big/raw"))
+
+
+@pytest.mark.usefixtures("graph")
+@pytest.mark.parametrize("path", ["data/raw/letters", "data/raw/letters.zip", "pictures", "data/hoda", "../outside", "~/letters"])
+def test_a_source_beside_the_outputs_is_fine(path):
+    sources.refuse_outputs("mine", folder(path))
+
+
+def test_options_that_decide_the_raw_files_are_known():
+    """Every option that a reader's fetch takes by name, and no other."""
+    taken = {
+        name
+        for reader in readers.READERS.values()
+        for name, parameter in inspect.signature(reader.fetch).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert taken == {*sources.DECISIVE, "of"} - {"reader"}

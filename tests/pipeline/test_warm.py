@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stages.pipeline import warm
@@ -134,18 +135,60 @@ def test_a_killed_command_takes_its_fork_along(workspace: Path) -> None:
 
 
 def test_without_a_listener_a_stage_starts_by_itself(workspace: Path) -> None:
-    environment = {**os.environ, warm.ADDRESS: str(workspace / "nobody")}
+    environment = {**os.environ, warm.ADDRESS: "nobody"}
     command = [sys.executable, "-m", "stages.probe", "a"]
     told = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert not told["warm"]
 
 
-def test_where_it_cannot_listen_the_command_runs_all_the_same(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (deep := workspace / ("d" * 120)).mkdir()
-    monkeypatch.setenv("TMPDIR", str(deep))  # longer than a socket's path may be
-    told = json.loads(under_warm("python -m stages.probe a").stdout)
-    assert not told["warm"]
-    assert not list(deep.iterdir())
+def test_no_file_is_left_behind(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder := workspace / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    process, stage = started("exec python -m stages.probe sleep")
+    process.kill()
+    process.wait(30)
+    assert is_gone(stage)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_not_served(workspace: Path) -> None:
+    ask = (
+        "import os, socket; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
+        "s.connect(chr(0) + os.environ['NAQSH_WARM']); print(len(s.recv(1)))"
+    )
+    assert under_warm(f'python -c "{ask}"').stdout == "0\n"
+
+
+FOLLOWER = """
+import os, time
+from pathlib import Path
+from stages.pipeline import warm
+warm.end_with_parents()
+Path("pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+DVC = """
+import os, subprocess, sys
+subprocess.run(["/bin/sh", "-c", f"{sys.executable} follower.py; true"], env={**os.environ, "DVC_STAGE": "train@x"})
+"""
+
+
+@pytest.mark.parametrize("whom", ["dvc", "shell"])
+def test_a_stage_ends_with_dvc_and_with_a_shell_between(workspace: Path, monkeypatch: pytest.MonkeyPatch, whom: str) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    Path("follower.py").write_text(FOLLOWER)
+    Path("dvc.py").write_text(DVC)
+    dvc = subprocess.Popen([sys.executable, "dvc.py"])
+    while not (Path("pid").exists() and Path("pid").read_text()):
+        time.sleep(0.05)
+    stage = psutil.Process(int(Path("pid").read_text()))
+    shell = stage.parent()
+    assert shell
+    assert shell.ppid() == dvc.pid
+    (dvc if whom == "dvc" else shell).kill()
+    assert is_gone(stage.pid)
+    dvc.wait(30)
 
 
 def test_who_goes_away_before_asking_does_no_harm(workspace: Path) -> None:
