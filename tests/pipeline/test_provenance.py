@@ -229,6 +229,7 @@ def test_secrets_do_not_reach_the_patch(repository: Path) -> None:
         ("https://ghp@host/a", "https://***@host/a"),
         ("me:hunter2@host/x", "***@host/x"),
         ("x?X-Amz-Signature=ab&X-Amz-Credential=c/d&b=1", "x?X-Amz-Signature=***&X-Amz-Credential=***&b=1"),
+        ("url = https://host/x?token=abc: no answer", "url = https://host/x?token=***: no answer"),
         ("x?sv=1&sig=a%2Fb", "x?sv=1&sig=***"),
         ("+    password: hunter2", "+    password: ***"),
         ('+  "api_key": "abc def",', '+  "api_key": ***,'),
