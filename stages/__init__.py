@@ -31,15 +31,16 @@ _SECRETS = (
     # What a URL says behind ?, & or # under a name that sounds secret.
     (
         re.compile(
-            r"([?&#;][\w.%-]{0,40}(?:token|secret|passw|pwd|key|sig|signature|credential|auth)[\w.%-]{0,20}=)[^\s&#'\"]+", re.I
+            r"([?&#;][\w.%-]{0,40}(?:token|secret|passw|pwd|key|sig|signature|credential|auth)[\w.%-]{0,20}=)[^\s&#'\"]*[^\s&#'\":,;.)]",
+            re.I,
         ),
         r"\1***",
     ),
     # name: value, name = value.
     (
         re.compile(
-            rf"({_NAME}[\w-]{{0,40}}[\"']?[ \t]{{0,9}}[:=]{{1,2}}[ \t]{{0,9}}(?:(?:bearer|basic) )?)"
-            r"""(?!(?:null|none|true|false|str|int)\b)("[^"\n]*+"?|'[^'\n]*+'?|[^\s"'(),;&\[\]{}]++(?!\())""",
+            rf"({_NAME}[\w-]{{0,40}}[\"']?[ \t]{{0,9}}[:=]{{1,2}}[ \t]{{0,9}}(?:(?:bearer|basic) |))"
+            r"""(?!(?:null|none|true|false|str|int|bearer|basic)\b|\*\*\*)("[^"\n]*+"?|'[^'\n]*+'?|[^\s"'(),;&\[\]{}]++(?!\())""",
             re.I,
         ),
         r"\1***",

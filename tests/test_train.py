@@ -350,11 +350,11 @@ def test_one_flipped_bit_of_an_unfinished_training_never_leads_to_other_bits(sec
     files = [file.relative_to(folder) for file in folder.rglob("*.*") if file.is_file()]
     assert {file.name for file in files} >= {"state.safetensors", "ema-25.safetensors", "ema-75.safetensors", "00000003.png"}
     rng = np.random.default_rng(0)
-    for file in [*files, *[Path("state.safetensors")] * 12, *[Path("weights/ema-50.safetensors")] * 6]:
+    for file in (*[Path("state.safetensors")] * 4, Path("weights/ema-50.safetensors"), Path("weights/previews/00000002.png")):
         shutil.rmtree(state)
         shutil.copytree(kept, state)
         flip(folder / file, rng.random())
-        assert killed_at(None) in ([7, 8], list(range(1, 9)))
+        assert killed_at(None) == list(range(1, 9))
         assert results() == unbroken, file
         told = capsys.readouterr().err
         assert told.count("\n") == 1, file
@@ -372,7 +372,7 @@ def test_one_flipped_bit_of_a_finished_training_never_leads_to_other_bits(sectio
     assert not any(file.name.startswith("ema") for file in files)
     shutil.copytree(state, kept := state.with_name("kept"))
     rng = np.random.default_rng(0)
-    for file in [*files, *files[:2]]:
+    for file in files[::3]:
         shutil.rmtree(state)
         shutil.copytree(kept, state)
         flip(folder / file, rng.random())

@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import YAMLError
 
 from stages import UserError
@@ -25,11 +26,15 @@ from stages.diffusion.schedules import SCHEDULES
 
 PARAMS = Path("params.yaml")
 
-DatasetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]
-Count = Annotated[int, Field(ge=1)]
-SetSize = Annotated[int, Field(ge=4)]  # of images that are scored: precision and recall look at three neighbours of each
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST, DEEPEST = 100_000, 50  # bytes, and levels, of a YAML file: a person wrote it
+MOST_CELLS, MOST_MISTAKES, MOST_NAMES = 10_000, 20, 50
+
+DatasetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+SetSize = Annotated[int, Field(ge=4, le=10**9)]  # of images that are scored: precision and recall look at three neighbours of each
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Axis = Field(min_length=1, max_length=1000)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -38,41 +43,53 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 
 def _as_phases(value: Any) -> Any:
     if isinstance(value, list) and len(value) < 2:
-        raise ValueError(f"{value} must be a number, or a list of two phases or more")
+        raise ValueError(f"{_short(value)} must be a number, or a list of two phases or more")
     return value if isinstance(value, list) else [value]
 
 
 # A list of phases, written as a number where there is but one.
-Phases = Annotated[list[Count], BeforeValidator(_as_phases), PlainSerializer(lambda phases: phases if phases[1:] else phases[0])]
+Phases = Annotated[
+    list[Count],
+    Field(max_length=1000),
+    BeforeValidator(_as_phases),
+    PlainSerializer(lambda phases: phases if phases[1:] else phases[0]),
+]
 
 
 class Section(BaseModel):
-    """One section of params.yaml: strict types, no unknown keys, never changed after it is read."""
+    """One section of params.yaml: strict types, finite numbers, no unknown keys, never changed after it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Sweep(Section):
     """What is varied: one cell per combination."""
 
-    datasets: Annotated[list[DatasetName], Field(min_length=1)]
-    schedules: Annotated[list[str], Field(min_length=1)]
-    timesteps: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    datasets: Annotated[list[DatasetName], Axis]
+    schedules: Annotated[list[str], Axis]
+    timesteps: Annotated[list[Annotated[int, Field(ge=2, le=100_000)]], Axis]
+    seeds: Annotated[list[Seed], Axis]
 
     @model_validator(mode="after")
     def _each_value_once(self) -> "Sweep":
         for axis in ("datasets", "schedules", "timesteps", "seeds"):
             values = getattr(self, axis)
             if len(set(values)) < len(values):
-                raise ValueError(f"{axis} = {values} names a value twice; each may appear once")
+                raise ValueError(f"{axis} = {_short(values)} names a value twice; each may appear once")
+        return self
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> "Sweep":
+        cells = len(self.datasets) * len(self.schedules) * len(self.timesteps) * len(self.seeds)
+        if cells > MOST_CELLS:
+            raise ValueError(f"{cells:,} cells are too many; shorten its lists to at most {MOST_CELLS:,} combinations")
         return self
 
     @model_validator(mode="after")
     def _every_beta_inside_0_1(self) -> "Sweep":
-        for name, T in itertools.product(self.schedules, self.timesteps):
+        for name, T in itertools.product(self.schedules, {min(self.timesteps), max(self.timesteps)}):
             if name not in SCHEDULES:
-                raise ValueError(f"schedules names {name!r}; allowed: {', '.join(SCHEDULES)}")
+                raise ValueError(f"schedules names {_short(name)}; allowed: {', '.join(SCHEDULES)}")
             SCHEDULES[name](T)
         return self
 
@@ -198,11 +215,11 @@ class Diffusion(Section):
 class Network(Section):
     """Size of the U-Net."""
 
-    stem_resolution: Annotated[int, Field(ge=4)]
-    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
-    channel_mult: Annotated[list[Count], Field(min_length=1, max_length=4)]
-    blocks_per_level: Count
-    attention_levels: list[Annotated[int, Field(ge=0)]]
+    stem_resolution: Annotated[int, Field(ge=4, le=1024)]
+    base_channels: Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
+    channel_mult: Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=1, max_length=4)]
+    blocks_per_level: Annotated[int, Field(ge=1, le=64)]
+    attention_levels: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4)]
     conditional: bool
 
     @model_validator(mode="after")
@@ -210,7 +227,7 @@ class Network(Section):
         levels = len(self.channel_mult)
         if any(level >= levels for level in self.attention_levels):
             raise ValueError(
-                f"attention_levels = {self.attention_levels} must lie in 0..{levels - 1}: channel_mult has {levels} entries"
+                f"attention_levels = {_short(self.attention_levels)} must lie in 0..{levels - 1}: channel_mult has {levels} entries"
             )
         return self
 
@@ -228,13 +245,13 @@ class Train(Section):
     optimizer: Literal["muon", "adam"]
     lr: Positive
     halve_lr_every: Count | None
-    warmup_images: Annotated[int, Field(ge=0)]
+    warmup_images: Annotated[int, Field(ge=0, le=10**9)]
     grad_clip: Positive
     label_dropout: Fraction
     precision: Precision
     ema_halflife: Fraction
     validation_images: Count
-    curve_points: Count
+    curve_points: Annotated[int, Field(ge=1, le=10_000)]
     deterministic: bool
 
     @model_validator(mode="after")
@@ -306,8 +323,8 @@ class Evaluate(Section):
     """What is measured."""
 
     images: Count
-    draws: Count
-    logsnr: Annotated[list[Annotated[float, Field(ge=-20, le=20)]], Field(min_length=1)]
+    draws: Annotated[int, Field(ge=1, le=10_000)]
+    logsnr: Annotated[list[Annotated[float, Field(ge=-20, le=20)]], Field(min_length=1, max_length=1000)]
     min_scored: SetSize
 
 
@@ -416,7 +433,8 @@ def find_cell(params: Params, name: str) -> Cell:
     """The cell of that name. Raises UserError when the sweep has none."""
     cells = {str(cell): cell for cell in params.sweep.cells()}
     if name not in cells:
-        raise UserError(f"{PARAMS}: the sweep has no cell {name!r}; it has: {', '.join(cells)}")
+        more = f" and {len(cells) - MOST_NAMES} more" * (len(cells) > MOST_NAMES)
+        raise UserError(f"{PARAMS}: the sweep has no cell {_short(name)}; it has: {', '.join(list(cells)[:MOST_NAMES])}{more}")
     return cells[name]
 
 
@@ -436,18 +454,21 @@ def merged(profile: Path, path: Path = PARAMS) -> str:
     yaml.representer.add_representer(
         type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    values = yaml.load(path.read_text(encoding="utf-8"))
+    values = yaml.load(path.read_text(encoding="utf-8-sig"))
     _overwrite(values, changes, where=f"{profile}: ")
     text = io.StringIO()
-    yaml.dump(values, text)
-    _check(YAML(typ="safe", pure=True).load(text.getvalue()), profile)
+    try:
+        yaml.dump(values, text)
+    except (YAMLError, ValueError) as error:
+        raise UserError(f"{profile} holds what cannot be written: {_cut(' '.join(str(error).split()), 500)}") from None
+    _check(parse_yaml(text.getvalue(), profile), profile)
     return text.getvalue()
 
 
 def _overwrite(values: Any, changes: dict[str, Any], where: str) -> None:
     for key, change in changes.items():
         if key not in values:
-            raise UserError(f"{where}{key} is no key of {PARAMS}; known here: {', '.join(values)}")
+            raise UserError(f"{where}{_short(key, str)} is no key of {PARAMS}; known here: {', '.join(values)}")
         if key == "longer" and isinstance(change, dict):
             values[key].clear()  # names that are there are no keys to choose from
             values[key].update(change)
@@ -464,36 +485,89 @@ def _check(raw: Any, path: Path) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
+        lines = [f"{path}: {_explain(item)}" for item in error.errors()[:MOST_MISTAKES]]
+        more = [f"{path}: and {error.error_count() - MOST_MISTAKES} mistakes more"] * (error.error_count() > MOST_MISTAKES)
+        raise UserError("\n".join(lines + more)) from None
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML 1.2 file as plain dicts and lists. Raises UserError when it is missing or malformed."""
+    """The content of a YAML 1.2 file as plain dicts and lists. Raises UserError when it is missing, too large or malformed."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"), path)
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} allowed; is it the right file?")
+        return parse_yaml(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run this from the root of the repository") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+class _Composer(Composer):
+    """Refuses deep nesting, at which it would recurse for long."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node."""
+        if self.depth == DEEPEST:
+            raise ComposerError(None, None, "it is nested too deeply", self.parser.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def parse_yaml(text: str, path: Path) -> Any:
     """The content of YAML 1.2 text out of a file. Raises UserError when it is malformed."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Composer
     try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        value = yaml.load(text)
+    except (YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not YAML: {_cut(' '.join(str(error).split()), 500)}") from None
+    _check_size(value, path)
+    return value
+
+
+def _check_size(value: Any, path: Path) -> None:
+    """Raise UserError where aliases make much, or a circle, of a short text."""
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else ()
+        seen += len(inner)
+        if seen > LARGEST or depth > DEEPEST:
+            raise UserError(f"{path}: its aliases stand for too much, or for themselves; write the values out")
+        waiting += [(part, depth + 1) for part in inner]
+
+
+def _short(value: Any, show: Callable[[Any], str] = repr) -> str:
+    """A value as an error shows it, cut where it is long."""
+    try:
+        return _cut(show(value), 100)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
 
 
 def _explain(error: Any) -> str:
     """One line: the dotted key, what it holds, what is allowed."""
     loc = error["loc"]
-    key = ".".join(str(part) for part in _without_readers(loc))
+    key = ".".join(_short(part, str) for part in _without_readers(loc))
     if error["type"] == "extra_forbidden":
         return f"{key} is not a known key; known here: {', '.join(_section_at(loc[:-1]).model_fields)}"
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":
         return f"{key + ': ' if key else ''}{error['ctx']['error']}"
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "invalid_key":
+        return f"{key} is no text; keys must be names"
+    return f"{key or 'the whole'} = {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _without_readers(loc: tuple[Any, ...]) -> tuple[Any, ...]:

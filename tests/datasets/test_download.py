@@ -372,3 +372,12 @@ def test_what_gdown_raises_is_one_line(target, error, monkeypatch):
 
     monkeypatch.setattr(gdown, "download", fail)
     assert refusal(target, drive=ID).endswith("cannot: be had")
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@127.0.0.1:1/x?token=abc123", "ftp://me:hunter2@host/x?token=abc123"])
+def test_no_password_is_told(tmp_path, url):
+    with pytest.raises(UserError) as refused:
+        download(tmp_path / "x.zip", url=url, drive=None, sha256=None)
+    assert "***@" in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+    assert "abc123" not in str(refused.value)

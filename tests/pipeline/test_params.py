@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,30 @@ def test_a_mix_is_as_wide_as_its_parts(tmp_path: Path) -> None:
         ("sample.snapshot_images", 3, ["sample.snapshot_images = 3", "greater than or equal to 4"]),
         ("evaluate.min_scored", 3, ["evaluate.min_scored = 3", "greater than or equal to 4"]),
         ("sample.images", None, ["sample.images = None", "integer"]),
+        ("sweep.timesteps", [10**30], [f"sweep.timesteps.0 = {10**30}", "less than or equal to 100000"]),
+        ("sweep.timesteps", [10**9], ["sweep.timesteps.0 = 1000000000", "less than or equal to 100000"]),
+        ("sweep.timesteps", list(range(200, 9200)), ["sweep.timesteps = [200, 201", "... (", "at most 1000 items"]),
+        ("sweep.seeds", list(range(1000)) * 2, ["sweep.seeds = [0, 1", "at most 1000 items"]),
+        ("sweep.seeds", [0, *range(900)], ["seeds = [0, 0, 1, 2", "... (", "once"]),
+        ("sweep.seeds", [1e3], ["sweep.seeds.0 = 1000.0", "integer"]),
+        ("sweep.seeds", ["0; touch PWNED"], ["sweep.seeds.0 = '0; touch PWNED'", "integer"]),
+        ("sweep.datasets", ["mnist; touch PWNED"], ["sweep.datasets.0 = 'mnist; touch PWNED'", "a-z0-9_"]),
+        ("sweep.datasets", ["$(id)"], ["sweep.datasets.0 = '$(id)'", "a-z0-9_"]),
+        ("sweep.datasets", ["mnist\n"], ["sweep.datasets.0 = 'mnist\\n'", "a-z0-9_"]),
+        ("sweep.datasets", ["a" * 300], ["sweep.datasets.0 = 'aaa", "at most 64 characters"]),
+        ("sweep.schedules", ["`id`"], ["schedules names '`id`'", "linear_unscaled"]),
+        ("train.batch", 10**18, ["train.batch = 1000000000000000000", "less than or equal to 1000000000"]),
+        ("train.images", 10**15, ["train.images.0 = 1000000000000000", "less than or equal to 1000000000"]),
+        ("network.base_channels", 8 * 10**9, ["network.base_channels = 8000000000", "less than or equal to 4096"]),
+        ("train.lr", 10**400, ["train.lr = 1000", "... (401 characters)", "valid number"]),
+        ("sample.guidance_interval", [float("-inf"), float("inf")], ["sample.guidance_interval.0 = -inf", "finite"]),
+        ("sample.guidance_interval", [0.0, float("nan")], ["sample.guidance_interval.1 = nan", "finite"]),
+        ("evaluate.logsnr", [float("nan")], ["evaluate.logsnr.0 = nan", "finite"]),
+        ("sample.fast.eta", float("nan"), ["sample.fast.eta = nan", "finite"]),
+        ("train.ema_halflife", float("nan"), ["train.ema_halflife = nan", "finite"]),
+        ("data.persian_hoda.test_share", float("nan"), ["data.persian_hoda.test_share = nan", "finite"]),
+        ("runtime.checkpoint_seconds", float("inf"), ["runtime.checkpoint_seconds = inf", "finite"]),
+        ("data.persian_archive.url", "ftp://me:hunter2@host/x", ["data.persian_archive.url = 'ftp://***@host/x'"]),
     ],
 )
 def test_a_mistake_is_refused_by_key_value_and_what_is_allowed(tmp_path: Path, dotted: str, value: Any, says: list[str]) -> None:
@@ -155,6 +180,90 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, says: s
         params.load(path)
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+OWN = (ROOT / "params.yaml").read_bytes()
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (BOMB.encode(), "aliases stand for too much"),
+        (b"a: &a [*a]\n", "aliases stand for too much, or for themselves"),
+        (b"a0: &a0 []\n" + b"".join(b"a%d: &a%d [*a%d]\n" % (i, i, i - 1) for i in range(1, 3000)), "aliases stand for too much"),
+        (OWN.decode().encode("utf-16"), "save it as UTF-8"),
+        (OWN.decode().encode("utf-16-le"), "special characters are not allowed"),
+        (b"a: \xe9", "save it as UTF-8"),
+        (OWN + b"\0", "special characters are not allowed"),
+        (b"[" * 50_000, "nested too deeply"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+        (b"a: " + b"{a: " * 5000, "nested too deeply"),
+        (b"- " * 5000, "nested too deeply"),
+        (b"# many\n" * 2_000_000, "14,000,000 bytes, more than the 100,000 allowed"),
+        (b"a:\n\tb: 1", "cannot start any token"),
+        (b"a: !!python/object:os.system x", "could not determine a constructor"),
+        (b"a: 1\na: 2", "duplicate key"),
+        (OWN + b"1: x\n", "1 is no text; keys must be names"),
+        (OWN + b"null: x\n", "None is no text; keys must be names"),
+        (OWN + b"[a]: x\n", "('a',) is no text; keys must be names"),
+        (OWN + b"? {a: 1}\n: b\n", "unhashable key"),
+        (b"a: 2024-13-45", "month must be in 1..12"),
+        (b"a: !!int x", "invalid literal"),
+        (b"a: !!bool x", "is not YAML"),
+        (b'a: "\\Uffffffff"', "is not YAML"),
+        (b"a: " + b"9" * 5000, "4300 digits"),
+        (OWN.replace(b"batch: 64", b"batch: 0x" + b"f" * 9000), "train.batch = a int too long to show"),
+        (OWN.replace(b"timesteps: [200, 1000]", b"timesteps: [" + b"x," * 9000 + b"]"), "at most 1000 items"),
+        (
+            OWN.replace(b"seeds: [0]", f"seeds: {[*range(501)]}".encode()).replace(b"[200, 1000]", b"[200, 300, 400, 500, 600]"),
+            "10,000",
+        ),
+        (b"- 1", "the whole = [1]"),
+    ],
+    ids=range(28),
+)
+def test_hostile_yaml_is_refused_in_one_short_line_in_a_second(tmp_path: Path, content: bytes, says: str) -> None:
+    for path, read in (
+        (tmp_path / "params.yaml", params.load),
+        (tmp_path / "mine.yaml", lambda p: params.merged(p, ROOT / "params.yaml")),
+    ):
+        path.write_bytes(content)
+        started = time.process_time()
+        with pytest.raises(UserError, match=re.escape(str(path))) as refused:
+            read(path)
+        assert time.process_time() - started < 3  # on a busy machine too
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 1000
+        if path.name == "params.yaml":
+            assert says in str(refused.value)
+
+
+def test_of_many_mistakes_the_first_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        params.load(write(tmp_path, changed("sweep.seeds", ["x"] * 900)))
+    lines = str(refused.value).splitlines()
+    assert len(lines) == params.MOST_MISTAKES + 1
+    assert "880 mistakes more" in lines[-1]
+
+
+def test_the_most_timesteps_are_checked_in_a_second(tmp_path: Path) -> None:
+    values = changed("sweep.timesteps", list(range(99_001, 100_001)))
+    started = time.process_time()
+    params.Params.model_validate(values)
+    assert time.process_time() - started < 2
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"\xef\xbb\xbf" + OWN)
+    assert params.load(tmp_path / "params.yaml") == params.load(ROOT / "params.yaml")
+    (tmp_path / "mine.yaml").write_bytes(b"\xef\xbb\xbftrain: {batch: 32}")
+    assert "batch: 32" in params.merged(tmp_path / "mine.yaml", tmp_path / "params.yaml")
+
+
+def test_a_folder_is_no_parameters(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        params.load(tmp_path)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

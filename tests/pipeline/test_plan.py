@@ -87,3 +87,15 @@ def test_a_second_repro_is_told_of_the_first(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(UserError, match=r"another `dvc repro` \(process 4711\) works in this folder"):
         plan.plan()
+
+
+@pytest.mark.parametrize("name", ["../params", "/etc/passwd", "../../etc/passwd", "", ".", "gpu.yaml", "*", "no\0"])
+def test_a_profile_is_one_of_the_folder(tree: Path, name: str) -> None:
+    (tree / "profiles").mkdir()
+    (tree / "profiles/gpu.yaml").write_text("train: {batch: 32}\n")
+    before = (tree / "params.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"there is no profile .*; there are: gpu"):
+        plan.profile(name)
+    assert (tree / "params.yaml").read_bytes() == before
+    plan.profile("gpu")
+    assert params.load().train.batch == 32
