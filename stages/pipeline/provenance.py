@@ -1,6 +1,7 @@
 """What decides a cell's results, and where they come from: the run key, what dvc.lock records, the state of git."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -86,10 +87,13 @@ class Tree:
         shorter = train.model_copy(update={"images": train.images[:-1]})
         return replace(self, params=self.params.model_copy(update={"train": shorter}))
 
-    def is_recorded(self, cell: Cell) -> bool:
-        """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now."""
+    def is_recorded(self, cell: Cell, *, before: str | None = None) -> bool:
+        """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now.
+
+        `before`: a stage; it and those after it do not count.
+        """
         made: dict[str, str] = {}
-        for name, stage in self.stages.items():
+        for name, stage in itertools.takewhile(lambda item: item[0] != before, self.stages.items()):
             entry = self.recorded(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
             if entry.get("params", {}).get("params.yaml") != _params_of(stage, cell, self.params):
@@ -100,7 +104,7 @@ class Tree:
                 return False
             made |= {out["path"]: out["md5"] for out in entry.get("outs", [])}
         scores = paths.scores("evaluate", str(cell))
-        return made[str(scores)] == md5(scores)
+        return before is not None or made[str(scores)] == md5(scores)
 
 
 def _params_of(stage: dict[str, Any], cell: Cell, loaded: params.Params) -> dict[str, Any]:
