@@ -40,9 +40,9 @@ class DownError(UserError):
 class Watch:
     """Times the calls of one use of the store."""
 
-    def __init__(self, call: float, total: float = math.inf) -> None:
+    def __init__(self, uri: str, call: float = math.inf, total: float = math.inf) -> None:
         """`call`: seconds for one call; `total`: seconds of waiting in all."""
-        self._call, self._total = call, total
+        self._name, self._call, self._total = masked(uri), call, total
         self._under_way: tuple[float, float] | None = None  # when the present call began, and how long it may take
         self._failed = 0.0  # seconds of the last call, where it failed
         self.given_up = False
@@ -55,7 +55,7 @@ class Watch:
     def call(self, function: Callable[..., Any], *arguments: Any, may_take: float | None = None, **named: Any) -> Any:
         """What a function returns. `may_take`: its own limit, within which it does not count as waiting."""
         if self.given_up:
-            raise DownError("the store was given up")
+            raise DownError(f"{self._name} was given up")
         begun = time.monotonic()
         self._under_way = begun, self.limit() if may_take is None else may_take
         try:
@@ -79,6 +79,10 @@ class Watch:
         under_way = self._under_way
         return under_way is not None and time.monotonic() - under_way[0] > under_way[1]
 
+    def late(self) -> DownError:
+        """What to say when the present call is given up."""
+        return DownError(f"{self._name} did not answer in {self.waited + self.under_way():.0f} s")
+
     def give_up(self) -> float:
         """Refuse every further call. Returns the seconds that were waited for, the call that failed or hangs among them."""
         self.given_up = True
@@ -100,7 +104,7 @@ class Watch:
         while thread.is_alive():
             thread.join(0.02)
             if self.is_late() and thread.is_alive():
-                raise DownError(f"the store did not answer in {self.waited + self.under_way():.0f} s")
+                raise self.late()
         if raised:
             raise raised[0]
         return returned[0]
@@ -131,8 +135,8 @@ def watch(uri: str, *, asked: bool = False) -> Iterator[Watch]:
     alone = asked and "NAQSH_REPRO" not in os.environ
     left = math.inf if alone else BUDGET - past.waited
     if left <= 0 or (past.down and not asked and 0 <= time.time() - past.tried < PAUSE):
-        raise DownError(past.down or "the store was waited for long enough")
-    watch = Watch(ASKED if alone else CALL, left if alone or not past.down else min(left, RETRY))
+        raise DownError(past.down or f"{masked(uri)} was waited for long enough")
+    watch = Watch(uri, ASKED if alone else CALL, left if alone or not past.down else min(left, RETRY))
     try:
         yield watch
     except Exception as error:
@@ -153,6 +157,8 @@ def note(uri: str, waited: float, why: str) -> None:
 def reason(error: BaseException) -> str:
     """An error as one line, without the name and the password that an address may hold."""
     name, text = type(error).__name__, str(error).strip()
+    if cause := re.search(r"API request to (\S+)/api/.*Caused by \w+\([\"'](?:\w+\(.*?\): )?(.*)[\"']\)", text):
+        text = f"{cause[1]}: {cause[2]}"  # the rest tells of libraries
     if isinstance(error, ImportError):
         text += "; install it, or change MLFLOW_TRACKING_URI"
     elif not text or isinstance(error, LookupError | AttributeError | TypeError):  # of which the text alone says little

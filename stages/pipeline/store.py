@@ -7,6 +7,7 @@ import os
 import platform
 import sqlite3
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,6 +83,8 @@ def client(watch: Watch) -> "MlflowClient":
     file = _file()
     if file:
         _prepare(file, watch)
+    else:
+        _check_address()
     return watched(watch.call(MlflowClient, uri(), may_take=patience.LOCAL if file else None), watch)
 
 
@@ -92,7 +95,9 @@ def experiment(client: "MlflowClient") -> str:
     if not found:
         folder = str(file.parent / "mlruns") if file else None
         return str(client.create_experiment(name, artifact_location=folder, tags={WORKSPACE: here()} if file else None))
-    if found.lifecycle_stage != "active":
+    if not found.experiment_id:
+        raise UserError(f"{patience.masked(uri())} answers, but not as MLflow does")
+    if found.lifecycle_stage == "deleted":
         raise UserError(f"the experiment {name} was deleted; `python -m stages.pipeline.tracking restore` restores it and its runs")
     return str(found.experiment_id)
 
@@ -100,7 +105,7 @@ def experiment(client: "MlflowClient") -> str:
 def restore(client: "MlflowClient") -> None:
     """Restore the experiment where it was deleted."""
     found = client.get_experiment_by_name(params.load().runtime.experiment)
-    if found and found.lifecycle_stage != "active":
+    if found and found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
 
 
@@ -116,6 +121,14 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.unwatched, name)
         return lambda *arguments, **named: self._watch.call(method, *arguments, **named)
+
+
+def _check_address() -> None:
+    """Raises UserError where MLFLOW_TRACKING_URI is no address at all."""
+    try:
+        _ = urllib.parse.urlsplit(uri()).port
+    except ValueError as error:
+        raise UserError(f"MLFLOW_TRACKING_URI is no address: {error}") from None
 
 
 def _file() -> Path | None:
@@ -151,6 +164,8 @@ def _open(file: Path, timeout: float) -> "contextlib.closing[sqlite3.Connection]
         database.close()
         if "readonly" in str(error):
             raise UserError(f"{file} is read-only; `chmod u+w {file}` makes it writable") from None
+        if "locked" in str(error):
+            raise UserError(f"{file} is locked: another process writes to it") from None
         raise
     return contextlib.closing(database)
 

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import itertools
 import json
-import math
 import os
 import queue
 import re
@@ -94,7 +93,7 @@ class Live:
     def __init__(self, cell: Cell) -> None:
         self._cell, self._reports = cell, queue.Queue[_Report | str](maxsize=100)
         self._ready, self._thread = threading.Event(), threading.Thread(target=self._work, daemon=True)
-        self._watch = Watch(math.inf)
+        self._watch = Watch(store_uri())
 
     def __enter__(self) -> "Live":
         """Open the store, for at most 5 s: beside a training on all cores it would take both of them several times longer."""
@@ -121,8 +120,7 @@ class Live:
         began = time.monotonic()
         self._thread.join(min(5, patience.left(store_uri())))
         if self._watch.under_way() > patience.QUICK:
-            waited = time.monotonic() - began
-            patience.note(store_uri(), waited, _tell(patience.DownError(f"the store did not answer in {waited:.0f} s")))
+            patience.note(store_uri(), time.monotonic() - began, _tell(self._watch.late()))
         self._watch.give_up()
 
     def _work(self) -> None:

@@ -13,97 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dvc.utils.serialize import dump_yaml
 from filelock import FileLock
+from mirror import CELL, OTHER, ROOT, edit, make_files, publish, runs, write
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from stages.pipeline import figures, params, paths, provenance, tracking, view
 from stages.pipeline.params import Cell
-
-ROOT = Path(__file__).parents[2]
-CELL, OTHER = Cell("mnist", "cosine", 200, 0), Cell("mnist", "linear", 200, 0)
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database without experiments; to copy one is quicker than to make one."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
-    """A working tree with the code and the parameters of the project, raw data that DVC knows, and the files of one cell."""
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("dvc.yaml", "params.yaml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "stages").rglob("*.py"):
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    make_files(CELL)
-    record(CELL, last="fetch")
-    return tmp_path
-
-
-def record(cell: Cell, *, last: str) -> None:
-    """Write what dvc.lock says of a cell once its stages are run, from the first to the last; folders have a made-up digest."""
-    entries, made = {}, {}
-    tree = provenance.Tree.read()
-    for name, stage in tree.stages.items():
-        outs = [out if isinstance(out, str) else next(iter(out)) for out in [*stage["outs"], *stage.get("plots", [])]]
-        entry = {"cmd": "", "deps": [], "params": {"params.yaml": provenance._params_of(stage, cell, tree.params)}, "outs": []}
-        for path in (provenance._resolve(dep, cell) for dep in stage["deps"]):
-            entry["deps"].append({"path": path, "md5": made.get(path) or provenance.md5(Path(path))})
-        for path in (provenance._resolve(out, cell) for out in outs):
-            made[path] = provenance.md5(Path(path)) or "0" * 32 + ".dir"
-            entry["outs"].append({"path": path, "md5": made[path]})
-        entries[f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}"] = entry
-        if name == last:
-            break
-    dump_yaml("dvc.lock", {"schema": "2.0", "stages": entries})
-
-
-def publish(cell: Cell) -> None:
-    """Publish a cell as its stage `evaluate` does: after DVC recorded those before."""
-    record(cell, last="sample")
-    tracking.publish(cell)
-
-
-def make_files(cell: Cell, fid: float = 20.0) -> None:
-    score = {"value": fid, "error": 0.5, "floor": 11.8}
-    grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
-    scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
-    scores["over_training"] = [{"trained_images": 128, "fid": score}]
-    write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
-    write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
-    write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
-    write(paths.prepared(cell.dataset) / "dataset.json", "{}")
-    for name in ("grid.png", "chain.png"):
-        figures.save_png(paths.samples(str(cell)) / name, np.zeros((4, 4), np.uint8))
-    write(paths.samples(str(cell)) / "denoising.gif", "")
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def runs(tree: Path) -> list[Run]:
-    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("naqsh")
-    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])) if experiment else []
-
-
-def edit(path: str, change: Callable[[str], str]) -> None:
-    before = Path(path).read_text()
-    Path(path).write_text(change(before))
-    assert Path(path).read_text() != before
 
 
 @pytest.mark.parametrize(
