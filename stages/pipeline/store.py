@@ -155,19 +155,19 @@ def _prepare(file: Path, watch: Watch) -> None:
     watch.call(_mend, file, watch.limit())
 
 
-def _open(file: Path, timeout: float) -> "contextlib.closing[sqlite3.Connection]":
-    """A connection that may write at once, in a transaction."""
-    database = sqlite3.connect(file, timeout=0.8 * timeout, isolation_level=None)
-    try:
-        database.execute("begin immediate")
-    except sqlite3.Error as error:
-        database.close()
-        if "readonly" in str(error):
-            raise UserError(f"{file} is read-only; `chmod u+w {file}` makes it writable") from None
-        if "locked" in str(error):
-            raise UserError(f"{file} is locked: another process writes to it") from None
-        raise
-    return contextlib.closing(database)
+@contextlib.contextmanager
+def _open(file: Path, timeout: float) -> Iterator[sqlite3.Connection]:
+    """A connection that writes in one transaction. Raises UserError where it may not, or another process does."""
+    with contextlib.closing(sqlite3.connect(file, timeout=0.8 * timeout, isolation_level=None)) as database:
+        try:
+            database.execute("begin immediate")
+            yield database
+        except sqlite3.OperationalError as error:
+            if "readonly" in str(error):
+                raise UserError(f"{file} is read-only; `chmod u+w {file}` makes it writable") from None
+            if "locked" in str(error):
+                raise UserError(f"{file} is locked: another process writes to it") from None
+            raise UserError(f"{file}: {error}") from None
 
 
 def _is_whole(file: Path, timeout: float) -> bool:
@@ -183,8 +183,6 @@ def _is_whole(file: Path, timeout: float) -> bool:
                 raise UserError(f"{file} is no database of MLflow; give MLFLOW_TRACKING_URI another name")
             versions = database.execute("select version_num from alembic_version") if "alembic_version" in tables else []
             return [version for (version,) in versions] == [_newest()]
-    except sqlite3.OperationalError:
-        raise
     except sqlite3.DatabaseError:  # no database at all
         return False
 
