@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # to which artifacts go from here, not through a server
 WORKSPACE = "naqsh.workspace"  # the tag of a run and of an experiment that says where it was made
 _BESIDE = ("", "-journal", "-wal", "-shm")  # the files of a database
 _PATHS = (  # columns that hold absolute paths of artifacts
@@ -35,6 +36,7 @@ _PATHS = (  # columns that hold absolute paths of artifacts
 _SETTINGS = {
     **warm.QUIET,
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # an address may hold a password
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
@@ -93,7 +95,8 @@ def experiment(client: "MlflowClient") -> str:
     name, file = params.load().runtime.experiment, _file()
     found = client.get_experiment_by_name(name)
     if not found:
-        folder = str(file.parent / "mlruns") if file else None
+        root = file.parent if file else workspace()
+        folder = str(root / "mlruns") if uri().startswith(_DATABASES) else None  # None: where the server says
         return str(client.create_experiment(name, artifact_location=folder, tags={WORKSPACE: here()} if file else None))
     if not found.experiment_id:
         raise UserError(f"{patience.masked(uri())} answers, but not as MLflow does")
@@ -227,7 +230,9 @@ def _set_aside(file: Path) -> None:
     """Rename an unfinished database, and the files beside it: a journal of the old one would damage the new one."""
     kept = next(name for n in itertools.count(1) if not (name := file.with_name(f"{file.name}.broken-{n}")).exists())
     if file.exists() and file.stat().st_size:
-        print(f"MLflow: {file.name} was not finished; it is kept as {kept.name}, and made anew", file=sys.stderr, flush=True)
+        print(
+            f"MLflow: {file.name} is not finished or damaged; it is kept as {kept.name}, and made anew", file=sys.stderr, flush=True
+        )
         for end in _BESIDE:
             with contextlib.suppress(FileNotFoundError):
                 Path(f"{file}{end}").rename(f"{kept}{end}")
@@ -237,7 +242,7 @@ def _set_aside(file: Path) -> None:
 def _mend(file: Path, timeout: float) -> None:
     """Let several read a database while one writes; where it is the workspace's own, let its paths lead to the mlruns/ here."""
     with _open(file, timeout) as database:
-        if file.parent == workspace():
+        if file.parent.resolve() == workspace():
             _mend_paths(database)
         database.execute("commit")
         database.execute("pragma journal_mode=wal")

@@ -226,6 +226,17 @@ def test_only_slow_calls_of_a_store_that_works_count(clock: list[float]) -> None
     assert use(clock, 4.9, fails=False) == 5
     assert use(clock, 4.9, fails=False) == 5
     assert use(clock, 0, fails=False) == pytest.approx(0.2)
+    assert use(clock, 0.3, fails=False) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("asked", "uri"), [(True, "http://x"), (False, "sqlite:////x.db")])
+def test_a_local_or_an_asked_store_may_be_slow_but_not_fail(clock: list[float], asked: bool, uri: str) -> None:
+    for _ in range(100):
+        assert use(clock, 4.9, fails=False, asked=asked, uri=uri) == 5
+    assert use(clock, 5, asked=asked, uri=uri) == 5
+    assert use(clock, 1, asked=True, uri=uri) == 1
+    assert use(clock, 0, uri=uri) is None
+    assert patience.left(uri) == 4
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "x", '{"store": 1}', '{"other": 1}'])
