@@ -87,7 +87,13 @@ def client(watch: Watch) -> "MlflowClient":
         _prepare(file, watch)
     else:
         _check_address()
-    return watched(watch.call(MlflowClient, uri(), may_take=patience.LOCAL if file else None), watch)
+    try:
+        opened = watch.call(MlflowClient, uri(), may_take=patience.LOCAL if file else None)
+    except Exception as error:
+        if file and "already exists" in str(error):  # MLflow upgrades an old database in place, and was killed
+            raise UserError(f"{file} holds runs, and is half upgraded; put a copy from before in its place") from None
+        raise
+    return watched(opened, watch)
 
 
 def experiment(client: "MlflowClient") -> str:

@@ -91,8 +91,11 @@ def half(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["nothing", "no database", "no version", "empty version", "old version"])
-def test_an_unfinished_database_is_made_anew(tree: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+def test_an_unfinished_database_is_made_anew(
+    tree: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
     half(tree / "mlflow.db", how)
+    monkeypatch.setattr(store, "_make", lambda file, _: shutil.copy(empty_store, file))  # quicker
     (tree / "mlflow.db-journal").write_bytes(b"of the unfinished one")
     before = (tree / "mlflow.db").read_bytes()
     publish(CELL)
@@ -102,21 +105,25 @@ def test_an_unfinished_database_is_made_anew(tree: Path, capsys: pytest.CaptureF
     assert "not recorded" not in capsys.readouterr().err
 
 
-def test_a_database_that_holds_runs_or_is_somebody_elses_stays(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_database_that_holds_runs_or_is_somebody_elses_stays(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     publish(CELL)
-    with contextlib.closing(sqlite3.connect(tree / "mlflow.db")) as database:
+    for name in ("old.db", "half.db"):
+        with contextlib.closing(sqlite3.connect(tree / "mlflow.db")) as source, contextlib.closing(sqlite3.connect(name)) as copy:
+            source.backup(copy)
+    half(tree / "half.db", "old version")
+    with contextlib.closing(sqlite3.connect(tree / "old.db", isolation_level=None)) as database:
         database.execute("update alembic_version set version_num = 'acf3f17fdcc7'")
-        database.commit()
     with contextlib.closing(sqlite3.connect(tree / "other.db")) as database:
         database.execute("create table mine (x)")
-    for address in ("sqlite:///mlflow.db", "sqlite:///other.db"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", address)
-            done = subprocess.run([sys.executable, "-m", "stages.pipeline.tracking"], capture_output=True, text=True)
-        assert done.returncode == 1
-        assert len(done.stderr.splitlines()) == 1
-        assert done.stderr.startswith("MLflow: not recorded: ")
-    assert len(query(tree / "mlflow.db", "select * from runs")) == 1
+    for name, says in (("old.db", "mlflow db upgrade"), ("half.db", "half upgraded"), ("other.db", "no database of MLflow")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{name}")
+        publish(CELL)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("MLflow: not recorded: ")
+        assert says in line
+    assert len(query(tree / "half.db", "select * from runs")) == len(query(tree / "old.db", "select * from runs")) == 1
     assert query(tree / "other.db", "select name from sqlite_master") == [("mine",)]
     assert not list(tree.glob("*.broken-*"))
 

@@ -197,6 +197,16 @@ def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tre
     assert json.loads(client.get_experiment("1").tags[view.TAG]) == mine
 
 
+@pytest.mark.parametrize("text", ["mine", "[]", "null", '"x"', "{}"])
+def test_a_view_that_is_none_is_offered_again(tree: Path, text: str) -> None:
+    assert tracking.sync()
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    offered = client.get_experiment("1").tags[view.TAG]
+    client.set_experiment_tag("1", view.TAG, text)
+    assert tracking.sync()
+    assert client.get_experiment("1").tags[view.TAG] == offered
+
+
 def test_every_cell_of_a_sweep_has_a_colour_of_its_own(tree: Path) -> None:
     sweep = params.load().sweep
     colors = [view.color(cell, sweep) for cell in sweep.cells()]
