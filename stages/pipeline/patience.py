@@ -133,7 +133,7 @@ def watch(uri: str, *, asked: bool = False) -> Iterator[Watch]:
     Raises DownError where the store was down less than a minute ago, or no time is left to wait.
     """
     past = _recall(uri)
-    alone = asked and "NAQSH_REPRO" not in os.environ
+    alone = asked and not os.environ.get("NAQSH_REPRO")
     left = BUDGET - past.waited
     free = alone or (not past.down and (asked or uri.startswith("sqlite")))
     if not free and (left <= 0 or (past.down and not asked and 0 <= time.time() - past.tried < PAUSE)):
@@ -187,6 +187,7 @@ def _recall(uri: str) -> _Past:
     store, budget = hashlib.sha256(uri.encode()).hexdigest(), os.environ.get("NAQSH_REPRO") or _PROCESS
     try:
         past = _Past(**json.loads(_path().read_text(encoding="utf-8")))
+        past = replace(past, waited=float(past.waited), tried=float(past.tried), down=str(past.down))
         if past.store == store:
             return past if past.budget == budget else replace(past, budget=budget, waited=0.0)
     except (OSError, ValueError, TypeError):  # none yet, or not one

@@ -1,6 +1,7 @@
 """What a store that hangs, drips, refuses or cannot be used costs the work: a line and a few seconds, once."""
 
 import contextlib
+import hashlib
 import json
 import re
 import socket
@@ -239,10 +240,12 @@ def test_a_local_or_an_asked_store_may_be_slow_but_not_fail(clock: list[float], 
     assert patience.left(uri) == 4
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "x", '{"store": 1}', '{"other": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "x", '{"store": 1}', '{"other": 1}', '{"store": "S", "budget": "first", "waited": "long"}']
+)
 def test_a_broken_record_of_waiting_is_none(clock: list[float], text: str) -> None:
     patience._path().parent.mkdir()
-    patience._path().write_text(text)
+    patience._path().write_text(text.replace("S", hashlib.sha256(b"http://x").hexdigest()))
     assert use(clock, 5) == 5
     assert json.loads(patience._path().read_text())["waited"] == 5
 
