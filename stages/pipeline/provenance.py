@@ -1,6 +1,7 @@
 """What decides a cell's results, and where they come from: the run key, what dvc.lock records, the state of git."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -67,7 +68,7 @@ class Tree:
         code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self._chain(cell)
-        decisive = {name: value for name, value in flat.items() if not _is_way(name)}
+        decisive = {name: value for name, value in flat.items() if not _decides_no_pixel(name)}
         return content_hash([decisive, text, self.raw_digest(cell.dataset)])[:32]
 
     def raw_digest(self, dataset: str) -> str:
@@ -100,16 +101,13 @@ class Tree:
         shorter = train.model_copy(update={"images": train.images[:-1]})
         return replace(self, params=self.params.model_copy(update={"train": shorter}))
 
-    def is_recorded(self, cell: Cell, before: str | None = None) -> bool:
+    def is_recorded(self, cell: Cell, *, before: str | None = None) -> bool:
         """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now.
 
-        Args:
-            before: a stage; it and those after it do not count then.
+        `before`: a stage; it and those after it do not count.
         """
         made: dict[str, str] = {}
-        for name, stage in self.stages.items():
-            if name == before:
-                return True
+        for name, stage in itertools.takewhile(lambda item: item[0] != before, self.stages.items()):
             entry = self.recorded(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
             if (entry.get("params") or {}).get("params.yaml") != _params_of(stage, cell, self.params):
@@ -120,7 +118,7 @@ class Tree:
                 return False
             made |= {out["path"]: out["md5"] for out in entry.get("outs", [])}
         scores = paths.scores("evaluate", str(cell))
-        return made.get(str(scores)) == md5(scores)
+        return before is not None or made.get(str(scores)) == md5(scores)
 
 
 def _lock() -> str:
@@ -231,9 +229,9 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def _is_way(name: str) -> bool:
-    """Whether a parameter says from where the raw data came: their digest says what they are."""
-    return name.startswith("data.") and name.rpartition(".")[2] in ("path", "url", "drive", "sha256")
+def _decides_no_pixel(name: str) -> bool:
+    """Whether a parameter says from where the raw data came, whose digest says what they are, or what they are licensed as."""
+    return name.startswith("data.") and name.rpartition(".")[2] in ("path", "url", "drive", "sha256", "licence", "strict")
 
 
 def _resolve(item: str, cell: Cell) -> str:

@@ -34,7 +34,7 @@ def main() -> int:
 
     plan.plan()
     code = run(COMMAND)
-    synced = tracking.sync()
+    synced = tracking.sync(asked=True)
     plan.table()
     if not synced:  # last, for what was said before has scrolled away
         print(

@@ -51,7 +51,7 @@ def tag(sections: list[str], last_report: int, before: str | None) -> str:
         last_report: where the slider of the pictures stands at first.
         before: the tag that is there; it stays when a person has saved changes to it.
     """
-    if before and json.loads(before).get("updatedAt"):
+    if before and _is_changed(before):
         return before
     charts = [_chart(name, "scores", "BAR", metricKey=name, displayName=name) for name in _BARS]
     charts += [_chart("preview", "pictures", "IMAGE", imageKeys=["preview"], step=last_report, showRunParams=False)]
@@ -81,6 +81,15 @@ def tag(sections: list[str], last_report: int, before: str | None) -> str:
     }
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()  # a tag holds 5,000 characters
     return json.dumps({"name": "Cells", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})
+
+
+def _is_changed(before: str) -> bool:
+    """Whether a person has saved changes to a tag; what is no view at all is not kept."""
+    try:
+        held = json.loads(before)
+    except ValueError:
+        return False
+    return isinstance(held, dict) and bool(held.get("updatedAt"))
 
 
 def _chart(name: str, section: str, kind: str, **more: Any) -> dict[str, Any]:

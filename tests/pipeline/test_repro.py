@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stages.pipeline import warm
+
 ROOT = Path(__file__).parents[2]
 STUBBORN = """
 import os, signal, subprocess, sys, time
@@ -45,6 +47,7 @@ def running(tmp_path: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]
         shell, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, umask=0o022
     )
     while len((tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []) < 2:
+        assert process.poll() is None
         time.sleep(0.05)
     return process, [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
 
@@ -57,14 +60,16 @@ def test_one_signal_ends_all_and_says_how_to_go_on(running, how: signal.Signals,
     _, said = process.communicate(timeout=30)
     assert process.returncode == code
     assert said == "\nStopped. `make repro` goes on from here.\n"
-    assert not [each for each in below if each.is_running()]
+    assert not any(map(warm.is_alive, below))
 
 
 def test_what_is_killed_takes_all_along(running) -> None:
     process, below = running
     process.kill()  # the shell; make is the like
-    _, alive = psutil.wait_procs(below, timeout=30)
-    assert not alive
+    until = time.monotonic() + 30
+    while any(map(warm.is_alive, below)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(warm.is_alive, below))
 
 
 def test_the_code_of_a_command_is_passed_on(tmp_path: Path) -> None:

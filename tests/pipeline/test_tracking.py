@@ -13,74 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dvc.utils.serialize import dump_yaml
 from filelock import FileLock
+from mirror import CELL, OTHER, ROOT, edit, make_files, publish, runs, write
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from stages.pipeline import figures, params, paths, provenance, tracking, view
 from stages.pipeline.params import Cell
-
-ROOT = Path(__file__).parents[2]
-CELL, OTHER = Cell("mnist", "cosine", 200, 0), Cell("mnist", "linear", 200, 0)
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database without experiments; to copy one is quicker than to make one."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
-    """A working tree with the code and the parameters of the project, raw data that DVC knows, and the files of one cell."""
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("dvc.yaml", "params.yaml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "stages").rglob("*.py"):
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    lock = {"schema": "2.0", "stages": {"fetch@mnist": {"outs": [{"path": "data/raw/mnist", "md5": "0" * 32 + ".dir"}]}}}
-    dump_yaml(tmp_path / "dvc.lock", lock)
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    make_files(CELL)
-    return tmp_path
-
-
-def make_files(cell: Cell, fid: float = 20.0) -> None:
-    score = {"value": fid, "error": 0.5, "floor": 11.8}
-    grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
-    scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
-    scores["over_training"] = [{"trained_images": 128, "fid": score}]
-    write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
-    write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
-    write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
-    write(paths.prepared(cell.dataset) / "dataset.json", "{}")
-    for name in ("grid.png", "chain.png"):
-        figures.save_png(paths.samples(str(cell)) / name, np.zeros((4, 4), np.uint8))
-    write(paths.samples(str(cell)) / "denoising.gif", "")
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def runs(tree: Path) -> list[Run]:
-    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("naqsh")
-    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])) if experiment else []
-
-
-def edit(path: str, change: Callable[[str], str]) -> None:
-    before = Path(path).read_text()
-    Path(path).write_text(change(before))
-    assert Path(path).read_text() != before
 
 
 @pytest.mark.parametrize(
@@ -141,12 +80,12 @@ def test_key_differs_between_cells_and_needs_raw_data() -> None:
 
 
 def test_same_key_same_run_and_no_point_twice(tree: Path) -> None:
-    tracking.publish(CELL)
+    publish(CELL)
     (first,) = runs(tree)
-    tracking.publish(CELL)
+    publish(CELL)
     make_files(CELL, fid=21.0)
     write(paths.timing("evaluate", str(CELL)), json.dumps({"seconds": 7.0}))
-    tracking.publish(CELL)
+    publish(CELL)
     (second,) = runs(tree)
     assert second.info.run_id == first.info.run_id
     assert (first.data.metrics["fid"], second.data.metrics["fid"]) == (20.0, 21.0)
@@ -165,22 +104,22 @@ def test_a_new_key_makes_a_new_run_and_an_old_one_comes_back(tree: Path) -> None
     def flip(text: str) -> str:
         return text.replace("grad_clip: 1.0", "grad_clip: X").replace("grad_clip: 2.0", "grad_clip: 1.0").replace("X", "2.0")
 
-    tracking.publish(CELL)
+    publish(CELL)
     (first,) = runs(tree)
     edit("params.yaml", flip)
-    tracking.publish(CELL)
+    publish(CELL)
     assert {run.data.params["train.grad_clip"]: run.data.tags["current"] for run in runs(tree)} == {"1.0": "false", "2.0": "true"}
     edit("params.yaml", flip)
-    tracking.publish(CELL)
+    publish(CELL)
     assert len(runs(tree)) == 2
     assert {run.data.params["train.grad_clip"]: run.data.tags["current"] for run in runs(tree)} == {"1.0": "true", "2.0": "false"}
     assert first.info.run_id in {run.info.run_id for run in runs(tree)}
 
 
 def test_going_back_to_old_settings_shows_the_old_run_even_where_it_fails(tree: Path) -> None:
-    tracking.publish(CELL)
+    publish(CELL)
     edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
-    tracking.publish(CELL)
+    publish(CELL)
     edit("params.yaml", lambda text: text.replace("grad_clip: 2.0", "grad_clip: 1.0"))
     tracking.fail(CELL, "no memory")
     shown = {run.data.params["train.grad_clip"]: (run.data.tags["current"], run.info.status) for run in runs(tree)}
@@ -188,13 +127,13 @@ def test_going_back_to_old_settings_shows_the_old_run_even_where_it_fails(tree: 
 
 
 def test_a_half_written_run_is_healed(tree: Path) -> None:
-    tracking.publish(CELL)
+    publish(CELL)
     (run,) = runs(tree)
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
     client.delete_tag(run.info.run_id, "naqsh.fingerprint")
     client.update_run(run.info.run_id, status="RUNNING")
     (Path(run.info.artifact_uri) / "samples/grid.png").unlink()
-    tracking.publish(CELL)
+    publish(CELL)
     (healed,) = runs(tree)
     assert (healed.info.status, "naqsh.fingerprint" in healed.data.tags) == ("FINISHED", True)
     assert (Path(run.info.artifact_uri) / "samples/grid.png").exists()
@@ -226,7 +165,7 @@ def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) ->
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["progress"]) == ("FINISHED", "trained")
     write(paths.timing("train", str(CELL)), json.dumps({"seconds": 9.0, "by_step": [rows[1], rows[2] | {"images_per_sec": 40.0}]}))
-    tracking.publish(CELL)
+    publish(CELL)
     (run,) = runs(tree)
     assert run.data.tags["progress"] == "complete"
     assert history(tree, run, "train_loss") == [(1, 0.9), (2, 0.8)]
@@ -258,11 +197,21 @@ def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tre
     assert json.loads(client.get_experiment("1").tags[view.TAG]) == mine
 
 
+@pytest.mark.parametrize("text", ["mine", "[]", "null", '"x"', "{}"])
+def test_a_view_that_is_none_is_offered_again(tree: Path, text: str) -> None:
+    assert tracking.sync()
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    offered = client.get_experiment("1").tags[view.TAG]
+    client.set_experiment_tag("1", view.TAG, text)
+    assert tracking.sync()
+    assert client.get_experiment("1").tags[view.TAG] == offered
+
+
 def test_every_cell_of_a_sweep_has_a_colour_of_its_own(tree: Path) -> None:
     sweep = params.load().sweep
     colors = [view.color(cell, sweep) for cell in sweep.cells()]
     assert len(set(colors)) == len(colors) == 8
-    tracking.publish(CELL)
+    publish(CELL)
     (run,) = runs(tree)
     assert run.data.tags["mlflow.runColor"] == view.color(CELL, sweep)
     assert re.fullmatch("#[0-9a-f]{6}", view.color(CELL, sweep))
@@ -286,7 +235,7 @@ def test_a_failure_is_shown_with_its_error_until_the_cell_succeeds(tree: Path) -
     tracking.fail(CELL, "train: the loss became nan")
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["error"]) == ("FAILED", "train: the loss became nan")
-    tracking.publish(CELL)
+    publish(CELL)
     (run,) = runs(tree)
     assert run.info.status == "FINISHED"
     assert "error" not in run.data.tags
@@ -305,9 +254,9 @@ def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
 
 
 def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> None:
-    tracking.publish(CELL)
+    publish(CELL)
     edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
-    tracking.publish(CELL)
+    publish(CELL)
     shorter, longer = runs(tree)
     assert "continues" not in shorter.data.tags
     assert longer.data.tags["continues"] == shorter.data.tags["naqsh.key"]
@@ -332,10 +281,9 @@ def test_trouble_with_the_store_is_one_line(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uri: str, says: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
     with sqlite3.connect(tree / "locked.db") as other:
         other.execute("begin exclusive")
-        tracking.publish(CELL)
+        publish(CELL)
         assert not tracking.sync()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
@@ -356,7 +304,7 @@ def test_a_temporary_workspace_writes_to_the_original_store(tree: Path, monkeypa
 
 
 def test_artifacts_lie_in_the_workspace(tree: Path) -> None:
-    tracking.publish(CELL)
+    publish(CELL)
     (run,) = runs(tree)
     root = Path(run.info.artifact_uri)
     names = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}

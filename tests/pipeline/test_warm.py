@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stages are fork
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with the project's plumbing, but for a library that is soon imported, and one stage that tells of itself."""
     (tmp_path / "stages" / "pipeline").mkdir(parents=True)
-    for name in ("__init__.py", "pipeline/warm.py"):
+    for name in ("__init__.py", "pipeline/inputs.py", "pipeline/warm.py"):
         shutil.copy(ROOT / "stages" / name, tmp_path / "stages" / name)
     plumbing = tmp_path / "stages" / "pipeline" / "warm.py"
     plumbing.write_text(
@@ -181,6 +181,7 @@ def test_a_stage_ends_with_dvc_and_with_a_shell_between(workspace: Path, monkeyp
     Path("dvc.py").write_text(DVC)
     dvc = subprocess.Popen([sys.executable, "dvc.py"])
     while not (Path("pid").exists() and Path("pid").read_text()):
+        assert dvc.poll() is None
         time.sleep(0.05)
     stage = psutil.Process(int(Path("pid").read_text()))
     shell = stage.parent()
@@ -192,7 +193,7 @@ def test_a_stage_ends_with_dvc_and_with_a_shell_between(workspace: Path, monkeyp
 
 
 def test_who_goes_away_before_asking_does_no_harm(workspace: Path) -> None:
-    hang_up = "import os, socket; s = socket.socket(socket.AF_UNIX); s.connect(os.environ['NAQSH_WARM'])"
+    hang_up = "import os, socket; s = socket.socket(socket.AF_UNIX); s.connect(chr(0) + os.environ['NAQSH_WARM'])"
     told = under_warm(f'python -c "{hang_up}" && python -m stages.probe a')
     assert json.loads(told.stdout)["warm"]
     assert told.stderr == ""

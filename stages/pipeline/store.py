@@ -1,0 +1,278 @@
+"""Opening the MLflow store, and all that is known here of its private forms: how a database is made, and what its tables hold."""
+
+import contextlib
+import itertools
+import logging
+import os
+import platform
+import sqlite3
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from filelock import FileLock, Timeout
+
+from stages import UserError
+from stages.pipeline import params, patience, warm
+from stages.pipeline.patience import Watch
+from stages.pipeline.provenance import workspace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # to which artifacts go from here, not through a server
+WORKSPACE = "naqsh.workspace"  # the tag of a run and of an experiment that says where it was made
+_BESIDE = ("", "-journal", "-wal", "-shm")  # the files of a database
+_PATHS = (  # columns that hold absolute paths of artifacts
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+_SETTINGS = {
+    **warm.QUIET,
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # an address may hold a password
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+def uri() -> str:
+    """MLFLOW_TRACKING_URI, else mlflow.db in the workspace; the path of a sqlite store is made absolute."""
+    named = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return f"{SQLITE}{workspace() / named.removeprefix(SQLITE)}" if named.startswith(SQLITE) else named
+
+
+def here() -> str:
+    """This machine and workspace, as the tag `naqsh.workspace` has it."""
+    return f"{platform.node()}:{workspace()}"
+
+
+def load() -> None:
+    """Import MLflow, set to be silent and not to repeat itself. It takes seconds, and waits for no store."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are told here, in one line
+
+
+@contextlib.contextmanager
+def alone(watch: Watch) -> Iterator[None]:
+    """Hold the lock of the store, for two creators break a new database. Raises DownError when another process keeps it."""
+    path = f"{_file() or workspace() / 'mlflow.db'}.lock"
+    lock = FileLock(path)
+    try:
+        watch.call(lock.acquire, timeout=watch.limit())
+    except Timeout:
+        raise patience.DownError(f"another process writes to the store, and holds {path}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def client(watch: Watch) -> "MlflowClient":
+    """A client of the store whose every call is watched; a local database is made, or mended, before. Call it `alone`."""
+    from mlflow import MlflowClient
+
+    file = _file()
+    if file:
+        _prepare(file, watch)
+    else:
+        _check_address()
+    try:
+        opened = watch.call(MlflowClient, uri(), may_take=patience.LOCAL if file else None)
+    except Exception as error:
+        if file and "already exists" in str(error):  # MLflow upgrades an old database in place, and was killed
+            raise UserError(f"{file} holds runs, and is half upgraded; put a copy from before in its place") from None
+        raise
+    return watched(opened, watch)
+
+
+def experiment(client: "MlflowClient") -> str:
+    """The id of the experiment that `runtime.experiment` names, made where it is missing. Raises UserError when it was deleted."""
+    name, file = params.load().runtime.experiment, _file()
+    found = client.get_experiment_by_name(name)
+    if not found:
+        root = file.parent if file else workspace()
+        folder = str(root / "mlruns") if uri().startswith(_DATABASES) else None  # None: where the server says
+        return str(client.create_experiment(name, artifact_location=folder, tags={WORKSPACE: here()} if file else None))
+    if not found.experiment_id:
+        raise UserError(f"{patience.masked(uri())} answers, but not as MLflow does")
+    if found.lifecycle_stage == "deleted":
+        raise UserError(f"the experiment {name} was deleted; `python -m stages.pipeline.tracking restore` restores it and its runs")
+    return str(found.experiment_id)
+
+
+def restore(client: "MlflowClient") -> None:
+    """Restore the experiment where it was deleted."""
+    found = client.get_experiment_by_name(params.load().runtime.experiment)
+    if found and found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+
+
+def watched(client: "MlflowClient", watch: Watch) -> "MlflowClient":
+    """The client, with its calls timed by a watch."""
+    return cast("MlflowClient", _Watched(client, watch))
+
+
+class _Watched:
+    def __init__(self, client: "MlflowClient", watch: Watch) -> None:
+        self.unwatched, self._watch = client, watch
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.unwatched, name)
+        return lambda *arguments, **named: self._watch.call(method, *arguments, **named)
+
+
+def _check_address() -> None:
+    """Raises UserError where MLFLOW_TRACKING_URI is no address at all."""
+    try:
+        _ = urllib.parse.urlsplit(uri()).port
+    except ValueError as error:
+        raise UserError(f"MLFLOW_TRACKING_URI is no address: {error}") from None
+
+
+def _file() -> Path | None:
+    """The database file of a local store."""
+    where = uri()
+    return Path(where.removeprefix(SQLITE)) if where.startswith(SQLITE) and "?" not in where else None
+
+
+def _prepare(file: Path, watch: Watch) -> None:
+    """Make sure that a database is whole, can be written, and holds paths of this workspace; MLflow would try for minutes.
+
+    One that a kill left unfinished is set aside and made anew. Raises UserError where a person has to decide.
+    """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder where the database of MLflow should be; move it away")
+    if not watch.call(_is_whole, file, watch.limit()):
+        _set_aside(file)
+        partial = file.with_name(f"{file.name}.partial")
+        try:
+            watch.call(_make, partial, file.parent / "mlruns", may_take=patience.LOCAL)
+            watch.call(_put, partial, file)
+        finally:
+            _remove(partial)
+    watch.call(_mend, file, watch.limit())
+
+
+@contextlib.contextmanager
+def _open(file: Path, timeout: float) -> Iterator[sqlite3.Connection]:
+    """A connection that writes in one transaction. Raises UserError where it may not, or another process does."""
+    with contextlib.closing(sqlite3.connect(file, timeout=0.8 * timeout, isolation_level=None)) as database:
+        try:
+            database.execute("begin immediate")
+            yield database
+        except sqlite3.OperationalError as error:
+            if "readonly" in str(error):
+                raise UserError(f"{file} is read-only; `chmod u+w {file}` makes it writable") from None
+            if "locked" in str(error):
+                raise UserError(f"{file} is locked: another process writes to it") from None
+            raise UserError(f"{file}: {error}") from None
+
+
+def _is_whole(file: Path, timeout: float) -> bool:
+    """Whether a database is finished: it holds a run, or MLflow's newest tables. Raises UserError where it is somebody else's."""
+    if not file.exists():
+        return False
+    try:
+        with _open(file, timeout) as database:
+            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+            if "runs" in tables and database.execute("select 1 from runs limit 1").fetchone():
+                return True
+            if tables and not tables & {"experiments", "alembic_version"}:
+                raise UserError(f"{file} is no database of MLflow; give MLFLOW_TRACKING_URI another name")
+            versions = database.execute("select version_num from alembic_version") if "alembic_version" in tables else []
+            return [version for (version,) in versions] == [_newest()]
+    except sqlite3.DatabaseError:  # no database at all
+        return False
+
+
+def _newest() -> str:
+    """The version of the tables that this MLflow makes."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    return str(_get_latest_schema_revision())
+
+
+def _make(file: Path, artifacts: Path) -> None:
+    """Make a database that holds no run, and close it."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    _remove(file)  # what a kill left
+    file.parent.mkdir(parents=True, exist_ok=True)
+    address = f"{SQLITE}{file}"
+    try:
+        SqlAlchemyStore(address, str(artifacts)).engine.dispose()
+    finally:
+        SqlAlchemyStore._engine_map.pop(address, None)  # the next to be made has the same name
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _put(partial: Path, file: Path) -> None:
+    """Give a finished database its name; a connection to what was there before is closed."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial.replace(file)
+    if engine := SqlAlchemyStore._engine_map.get(f"{SQLITE}{file}"):
+        engine.dispose()
+
+
+def _remove(file: Path) -> None:
+    for end in _BESIDE:
+        Path(f"{file}{end}").unlink(missing_ok=True)
+
+
+def _set_aside(file: Path) -> None:
+    """Rename an unfinished database, and the files beside it: a journal of the old one would damage the new one."""
+    kept = next(name for n in itertools.count(1) if not (name := file.with_name(f"{file.name}.broken-{n}")).exists())
+    if file.exists() and file.stat().st_size:
+        print(
+            f"MLflow: {file.name} is not finished or damaged; it is kept as {kept.name}, and made anew", file=sys.stderr, flush=True
+        )
+        for end in _BESIDE:
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{file}{end}").rename(f"{kept}{end}")
+    _remove(file)
+
+
+def _mend(file: Path, timeout: float) -> None:
+    """Let several read a database while one writes; where it is the workspace's own, let its paths lead to the mlruns/ here."""
+    with _open(file, timeout) as database:
+        if file.parent.resolve() == workspace():
+            _mend_paths(database)
+        database.execute("commit")
+        database.execute("pragma journal_mode=wal")
+
+
+def _mend_paths(database: sqlite3.Connection) -> None:
+    """Replace the paths of a database that was moved or copied with its folder: the tags name it. Other paths stay."""
+    tags = "select value from tags where key = :key union select value from experiment_tags where key = :key"
+    said = {value for (value,) in database.execute(tags, {"key": WORKSPACE})}
+    for old in sorted({value.partition(":")[2] for value in said} - {str(workspace()), ""}):
+        moved = sum(_lead(database, table, column, f"{old}/mlruns") for table, column in _PATHS)
+        if moved:
+            told = f"MLflow: the store was moved or copied from {old}; its {moved} paths now lead to {workspace()}"
+            print(told, file=sys.stderr, flush=True)
+
+
+def _lead(database: sqlite3.Connection, table: str, column: str, old: str) -> int:
+    """Replace the folder at the start of paths by this workspace's mlruns/; the number of rows that had it."""
+    new = str(workspace() / "mlruns")
+    names = {"old": old, "new": new, "n": len(old), "here": here(), "key": WORKSPACE}
+    had = f"({column} = :old or substr({column}, 1, :n + 1) = :old || '/')"
+    kind = {"runs": ("tags", "run_uuid"), "experiments": ("experiment_tags", "experiment_id")}.get(table)
+    if kind:
+        tags, ident = kind
+        chosen = f"select {ident} from {table} where {had}"
+        database.execute(f"update {tags} set value = :here where key = :key and {ident} in ({chosen})", names)
+    return database.execute(f"update {table} set {column} = :new || substr({column}, :n + 1) where {had}", names).rowcount

@@ -1,0 +1,81 @@
+"""The files of a cell, made up, and what MLflow holds of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from dvc.utils.serialize import dump_yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from stages.pipeline import figures, paths, provenance, tracking
+from stages.pipeline.params import Cell
+from stages.pipeline.stage import write_archive
+
+ROOT = Path(__file__).parents[2]
+CELL, OTHER = Cell("mnist", "cosine", 200, 0), Cell("mnist", "linear", 200, 0)
+
+
+def record(cell: Cell, *, last: str) -> None:
+    """Write what dvc.lock says of a cell once its stages are run, from the first to the last; folders have a made-up digest."""
+    entries, made = {}, {}
+    tree = provenance.Tree.read()
+    for name, stage in tree.stages.items():
+        listed = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+        outs = [out if isinstance(out, str) else next(iter(out)) for out in listed]
+        entry = {"cmd": "", "deps": [], "params": {"params.yaml": provenance._params_of(stage, cell, tree.params)}, "outs": []}
+        for path in (provenance._resolve(dep, cell) for dep in stage["deps"]):
+            entry["deps"].append({"path": path, "md5": made.get(path) or provenance.md5(Path(path))})
+        for path in (provenance._resolve(out, cell) for out in outs):
+            made[path] = provenance.md5(Path(path)) or "0" * 32 + ".dir"
+            entry["outs"].append({"path": path, "md5": made[path]})
+        entries[f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}"] = entry
+        if name == last:
+            break
+    dump_yaml("dvc.lock", {"schema": "2.0", "stages": entries})
+
+
+def make_previews(cell: Cell, *reports: int) -> None:
+    """An archive of preview grids."""
+    folder = Path(".previews")
+    for report in reports:
+        figures.save_png(folder / f"{report:08d}.png", np.zeros((4, 4), np.uint8))
+    write_archive(paths.weights(str(cell)) / "previews.zip", folder)
+
+
+def publish(cell: Cell) -> None:
+    """Publish a cell as its stage `evaluate` does: after DVC recorded those before."""
+    record(cell, last="sample")
+    tracking.publish(cell)
+
+
+def make_files(cell: Cell, fid: float = 20.0) -> None:
+    score = {"value": fid, "error": 0.5, "floor": 11.8}
+    grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
+    scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
+    scores["over_training"] = [{"trained_images": 128, "fid": score}]
+    write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
+    write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
+    write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
+    write(paths.prepared(cell.dataset) / "dataset.json", "{}")
+    for name in ("grid.png", "chain.png"):
+        figures.save_png(paths.samples(str(cell)) / name, np.zeros((4, 4), np.uint8))
+    write(paths.samples(str(cell)) / "denoising.gif", "")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def runs(tree: Path) -> list[Run]:
+    client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("naqsh")
+    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])) if experiment else []
+
+
+def edit(path: str, change: Callable[[str], str]) -> None:
+    before = Path(path).read_text()
+    Path(path).write_text(change(before))
+    assert Path(path).read_text() != before
