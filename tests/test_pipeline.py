@@ -1,16 +1,21 @@
 """The whole pipeline for real, in a copy of the working tree: one tiny cell of drawn glyphs, then what may and may not rerun."""
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
 from stages.pipeline import params, tracking
 
@@ -29,13 +34,17 @@ evaluate: {images: 32, draws: 2, min_scored: 32}
 """
 
 
-def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command there as a user would, with the environment of these tests; its output where it fails."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+def environment() -> dict[str, str]:
+    """That of a user, on one thread."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "NAQSH_"))}
     env = kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", "GIT_CONFIG_GLOBAL": os.devnull}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", "GIT_CONFIG_GLOBAL": os.devnull}
+
+
+def call(folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command there as a user would; its output where it does not end as it should."""
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -47,6 +56,28 @@ def changed(folder: Path) -> set[str]:
     """The stages that DVC finds out of date."""
     with Repo(str(folder)) as repo:
         return {name.rpartition(":")[2] for name in repo.status()}  # it puts the file before the name, seen from elsewhere
+
+
+@contextlib.contextmanager
+def edited(folder: Path, *edits: tuple[str, str, str]) -> Iterator[None]:
+    """Files (path, before, after) changed for as long as the block lasts."""
+    texts = {path: (folder / path).read_text() for path, _, _ in edits}
+    try:
+        for path, before, after in edits:
+            text = (folder / path).read_text()
+            assert before in text
+            (folder / path).write_text(text.replace(before, after, 1))
+        yield
+    finally:
+        for path, text in texts.items():
+            (folder / path).write_text(text)
+
+
+def results(folder: Path) -> dict[str, str]:
+    """A hash of every file that must come again bit for bit."""
+    places = ("data/raw", "data/prepared", "models", "samples", "metrics/train", "metrics/evaluate", "metrics/extractor")
+    files = [path for place in places for path in sorted((folder / place).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def runs(folder: Path) -> list[Run]:
@@ -163,6 +194,100 @@ def test_a_changed_file_reruns_what_depends_on_it(tree: Path, path: str, reruns:
         assert changed(tree) == reruns
     finally:
         (tree / path).write_bytes(before)
+
+
+def test_going_back_to_a_value_to_code_and_to_data_runs_nothing_again(tree: Path) -> None:
+    first = results(tree)
+    changes = [
+        ("params.yaml", "grad_clip: 1.0", "grad_clip: 2.0"),
+        ("params.yaml", "test_images: 64", "test_images: 65"),
+        ("stages/diffusion/samplers.py", '"""', '"""A remark. '),
+    ]
+    with edited(tree, *changes):
+        there = repro(tree)
+        assert {f"Running stage '{name}" in there for name in ("prepare@", "train@", "sample@", "evaluate@")} == {True}
+        assert results(tree) != first
+    back = repro(tree)
+    assert back.count("is cached - skipping run, checking out outputs") >= 5
+    assert [line for line in back.splitlines() if line.startswith("Running stage")] == ["Running stage 'compare':"]
+    assert results(tree) == first
+
+
+def test_a_cell_whose_parameters_change_while_it_trains_is_not_recorded_and_goes_on_when_they_are_taken_back(tree: Path) -> None:
+    longer = ("params.yaml", "  images: 128 ", "  images: 3200 ")
+    faster = ("params.yaml", "checkpoint_seconds: 15", "checkpoint_seconds: 0.2")
+    state = tree / ".state/checkpoints"
+    with edited(tree, longer, faster):
+        with subprocess.Popen(
+            ["dvc", "repro", f"train@{CELL}"],
+            cwd=tree,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as training:
+            while not list(state.glob("*/state.safetensors")):
+                assert training.poll() is None
+                time.sleep(0.05)
+            with edited(tree, ("params.yaml", "  images: 3200 ", "  images: 640 ")):
+                said = training.communicate(timeout=500)[0]
+        assert training.returncode
+        assert "while this ran, train.images from 3200 to 640 changed: nothing is recorded" in said
+        assert changed(tree) >= {f"train@{CELL}"}
+        assert len(list(state.glob("*/state.safetensors"))) == 1
+        assert "going on from step" in repro(tree, f"train@{CELL}")
+    repro(tree)
+
+
+@pytest.mark.parametrize("seeds", ['["0; touch PWNED"]', '["$(touch PWNED)"]', '["`touch PWNED`"]', '["0\\n touch PWNED"]'])
+def test_no_parameter_reaches_a_shell(tree: Path, seeds: str) -> None:
+    with edited(tree, ("params.yaml", "seeds: [0]", f"seeds: {seeds}")):
+        said = call(tree, "dvc", "repro", code=255).stderr
+    assert not list(tree.rglob("PWNED*"))
+    assert "sweep.seeds.0" in said
+
+
+def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
+    section = (
+        "  letters: {reader: folder, path: PLACE, licence: x, size: 16, "
+        "invert: false, pad: true, test_share: 0.3, seed: 0, strict: false}"
+    )
+    pictures = tree / "data/raw/letters"
+    for y in "ab":
+        for i in range(4):
+            (pictures / y).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 10 * i + (y == "b")).save(pictures / y / f"{i}.png")
+    sweep = ("params.yaml", "datasets: [persian_glyphs]", "datasets: [letters]")
+    with edited(tree, sweep, ("params.yaml", "data:\n", f"data:\n{section.replace('PLACE', 'data/raw/letters')}\n")):
+        repro(tree, "prepare@letters")
+    assert len(list(pictures.rglob("*.png"))) == 8
+    for place, says in (("data", "contains"), ("data/raw/letters.fetched.zip", "is")):
+        with edited(tree, sweep, ("params.yaml", "data:\n", f"data:\n{section.replace('PLACE', place)}\n")):
+            refused = call(tree, sys.executable, "-m", "stages.pipeline.repro", code=1)
+            assert f"repro: data.letters.path = {place} {says} data/raw/letters.fetched.zip, which a stage writes" in refused.stderr
+            assert "Running" not in refused.stdout
+            assert f"data.letters.path = {place} {says}" in call(tree, "dvc", "repro", "fetch@letters", code=255).stderr
+        assert len(list(pictures.rglob("*.png"))) == 8
+    call(tree, "git", "checkout", "-q", ".")
+
+
+def test_a_failed_cell_shows_no_score_of_before(tree: Path) -> None:
+    before = call(tree, sys.executable, "-m", "stages.pipeline.plan", "table").stdout
+    assert before.count(CELL) == 1
+    with edited(tree, ("params.yaml", "lr: 1.8e-2", "lr: 1.0e+6")):
+        failed = call(tree, sys.executable, "-m", "stages.pipeline.repro", code=255)
+    assert f"Without results of the present code, parameters and data: {CELL}" in failed.stdout
+    assert "FID" not in failed.stdout
+    repro(tree)
+
+
+@pytest.mark.slow
+def test_a_clone_without_a_cache_gives_the_same_bits_and_skips_nothing_that_it_should_run(tree: Path, tmp_path: Path) -> None:
+    commit(tree, "All results")
+    call(tmp_path, "git", "clone", "-q", str(tree), "clone")
+    said = repro(tmp_path / "clone")
+    assert {f"Running stage '{name}" in said for name in ("prepare@", "train@", "sample@")} == {True}
+    assert results(tmp_path / "clone") == results(tree)
 
 
 def test_one_more_schedule_runs_only_the_new_cells(tree: Path) -> None:
