@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages import UserError
+from stages import UserError, masked
 from stages.pipeline.provenance import workspace
 from stages.pipeline.stage import whole_file
 
@@ -167,11 +167,6 @@ def reason(error: BaseException) -> str:
     elif not text or isinstance(error, LookupError | AttributeError | TypeError):  # of which the text alone says little
         text = f"{name}: {text}"
     return masked(text.splitlines()[0])
-
-
-def masked(text: str) -> str:
-    """A text with *** for the name and the password in every address."""
-    return re.sub(r"://\S*@", "://***@", text)
 
 
 def left(uri: str) -> float:

@@ -30,9 +30,10 @@ _COLUMNS = (
     ("all T", "ancestral_seconds_per_image", ".3f"),
 )
 _LEGEND = """\
-FID of the fast set and its error; floor: the same for as many real images. acc: share of samples that
-the classifier gives the label they were drawn for; sure: share it gives any label with at least 0.9
-confidence. bits/dim: variational bound. train: seconds; fast, all T: seconds per image with few steps and with all T."""
+FID of the fast set and its error (about twice too wide; it says nothing of another training). floor:
+FID of as many real training images. acc: share of samples recognised as the requested class; sure: share
+that the classifier gives any class with at least 0.9 probability. bits/dim: variational bound.
+train: seconds; fast, all T: seconds per image with few steps and with all T."""
 
 
 def row(cell: Cell) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from stages import UserError
 from stages.pipeline import params
 from stages.pipeline.provenance import content_hash, md5, outputs, workspace
-from stages.pipeline.stage import read_json, write_json
+from stages.pipeline.stage import read_json, sound, write_json
 
 Seen = dict[str, list[Any]]
 """For each path: how many files are there, and a hash of their names, sizes and times."""
@@ -113,8 +113,9 @@ def changed(loaded: params.Params) -> list[str]:
     for dataset in loaded.sweep.datasets:
         if not _memory(dataset).exists():
             continue
-        before = read_json(_memory(dataset)).get("seen", {})
         now = look(resolved(loaded.data[dataset].model_dump()))
+        with sound(_memory(dataset)):
+            before = {path: tuple(seen) for path, seen in read_json(_memory(dataset)).get("seen", {}).items()}
         for path in before.keys() & now.keys():
             (files_before, hash_before), (files, hash_now) = before[path], now[path]
             if files == 0:

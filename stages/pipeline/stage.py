@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from stages import ChangedError, UserError
+from stages import ChangedError, UserError, masked
 from stages.pipeline import inputs, params, paths, warm
 
 OF_THE_MACHINE = (  # what is wrong with it, not with the code: full, read-only, not allowed, too much open, broken
@@ -49,7 +49,7 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
     try:
         arguments = _arguments(params.load(), wanted, subject, getattr(args, "name", None))
         if args.dry_run:
-            print(json.dumps(arguments, default=_plain, indent=2))
+            print(masked(json.dumps(arguments, default=_plain, indent=2)))
             return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in good order
@@ -112,7 +112,7 @@ def _told_to_mlflow(cell: params.Cell | None, stage: str) -> Iterator[None]:
             from stages.pipeline import tracking  # it imports this module
 
             reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
-            tracking.fail(cell, f"{stage}: {reason}")
+            tracking.fail(cell, masked(f"{stage}: {reason}"))
         raise
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock, Timeout
 
-from stages import UserError
+from stages import UserError, masked
 from stages.pipeline import params, patience, warm
 from stages.pipeline.patience import Watch
 from stages.pipeline.provenance import workspace
@@ -105,7 +105,7 @@ def experiment(client: "MlflowClient") -> str:
         folder = str(root / "mlruns") if uri().startswith(_DATABASES) else None  # None: where the server says
         return str(client.create_experiment(name, artifact_location=folder, tags={WORKSPACE: here()} if file else None))
     if not found.experiment_id:
-        raise UserError(f"{patience.masked(uri())} answers, but not as MLflow does")
+        raise UserError(f"{masked(uri())} answers, but not as MLflow does")
     if found.lifecycle_stage == "deleted":
         raise UserError(f"the experiment {name} was deleted; `python -m stages.pipeline.tracking restore` restores it and its runs")
     return str(found.experiment_id)

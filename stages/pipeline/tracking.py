@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from stages import UserError
+from stages import UserError, masked
 from stages.pipeline import inputs, params, paths, patience, provenance, results, sources, store, view
 from stages.pipeline.params import Cell
 from stages.pipeline.patience import Watch
@@ -443,12 +443,12 @@ def _serve(port: int) -> None:
 
     def work(client: "MlflowClient", experiment: str) -> str:
         pages.append(f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&{view.LINK}")
-        return patience.masked(uri)
+        return masked(uri)
 
     if not _with_store(work, asked=True):
         sys.exit(1)
     if uri.startswith("http"):
-        print(f"MLflow: the store is a server; open {patience.masked(uri)}{pages[0]}")
+        print(f"MLflow: the store is a server; open {masked(uri)}{pages[0]}")
         return
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not among the arguments, which everybody can read: it may hold a password
