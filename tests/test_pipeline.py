@@ -208,8 +208,8 @@ def test_going_back_to_a_value_to_code_and_to_data_runs_nothing_again(tree: Path
         assert {f"Running stage '{name}" in there for name in ("prepare@", "train@", "sample@", "evaluate@")} == {True}
         assert results(tree) != first
     back = repro(tree)
-    assert back.count("is cached - skipping run, checking out outputs") >= 5
-    assert [line for line in back.splitlines() if line.startswith("Running stage")] == ["Running stage 'compare':"]
+    assert back.count("is cached - skipping run, checking out outputs") >= 6
+    assert "Running stage" not in back
     assert results(tree) == first
 
 
