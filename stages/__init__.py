@@ -1,5 +1,6 @@
 """The stages of the pipeline. Every module directly in this folder is one DVC stage; everything else lives one level down."""
 
+import getpass
 import importlib.util
 import os
 import re
@@ -10,6 +11,11 @@ if not all(importlib.util.find_spec(name) for name in ("pydantic", "torch", "saf
     sys.exit(
         f"naqsh: {sys.executable} is not the project's environment. Run `make repro`, or `. .venv/bin/activate` before `dvc repro`."
     )
+
+try:
+    getpass.getuser()
+except (KeyError, OSError):  # a user without a name, as in a container: DVC and torch ask for one, and fail without it
+    os.environ["LOGNAME"] = f"user-{os.getuid()}"
 
 if "DVC_STAGE" in os.environ:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, until the stage has a way of its own

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from stages.pipeline import paths
-from stages.pipeline.stage import read_json, whole_file
+from stages.pipeline.stage import in_one_line, read_json, whole_file
 
 PAGE, PICTURES = Path("data/README.md"), Path("docs/data")
 MARK = "<!-- What follows is written by `make cards`. -->\n"
@@ -79,4 +79,5 @@ def _folded(title: str, table: list[str], length: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line("cards"):
+        main()

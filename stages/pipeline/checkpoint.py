@@ -7,6 +7,8 @@ that a longer training goes on from, and cells that share a network, in .state/f
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +36,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
     about = json.loads(json.dumps(about))  # as it will be read: with text for keys
     metadata = {"about": json.dumps([about, _sha256(on_cpu, about)], sort_keys=True)}
     with whole_file(path) as temporary:
-        save_file(on_cpu, temporary, metadata=metadata)
+        try:
+            save_file(on_cpu, temporary, metadata=metadata)
+        except SafetensorError as error:  # a full disk, which is an OSError everywhere else
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else error) from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

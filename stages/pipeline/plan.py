@@ -8,6 +8,7 @@ python -m stages.pipeline.plan profile NAME    merge profiles/NAME.yaml into par
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -24,9 +25,10 @@ from filelock import FileLock, Timeout
 
 from stages import UserError
 from stages.pipeline import params, paths, results, sources, warm
-from stages.pipeline.provenance import Tree, git
-from stages.pipeline.stage import whole_file
+from stages.pipeline.provenance import LOCK, Tree, git, refuse_conflict
+from stages.pipeline.stage import damaged, in_one_line, whole_file
 
+LOCK_STARTS = b"schema: '2.0'\nstages:\n"
 PROFILES = Path("profiles")
 PER_CELL = ("train", "sample", "evaluate")
 PER_DATASET = ("fetch", "prepare", "extractor", "reference")
@@ -41,12 +43,12 @@ def plan() -> None:
     for line in sources.changed(loaded):
         print(line)
     asked = _status()
-    if (asked.returncode and "dvc.lock" in asked.stderr) or _is_empty(Path("dvc.lock")):
+    if (asked.returncode and str(LOCK) in asked.stderr) or _is_empty(LOCK):
         asked = mend_lock()
     if busy := re.search(r"is busy.*PID (\d+)", asked.stderr, re.DOTALL):
         raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
     if asked.returncode:
-        raise UserError(f"`dvc status` failed: {asked.stderr.strip()}")
+        raise UserError(f"`dvc status` failed: {' '.join(asked.stderr.split())}")
     stages = with_followers(set(json.loads(asked.stdout)))
     if not stages:
         print("Nothing to run: every result is up to date.")
@@ -75,25 +77,35 @@ def mend_rwlock() -> None:
     with contextlib.suppress(Timeout, FileNotFoundError), FileLock(file.with_name("rwlock.lock"), timeout=0):  # as DVC holds it
         written = file.stat().st_mtime
         try:
-            listed = json.loads(file.read_text())
-            kept = {
-                "write": {path: who for path, who in listed.get("write", {}).items() if _is_dvc(who["pid"], written)},
-                "read": {path: [w for w in who if _is_dvc(w["pid"], written)] for path, who in listed.get("read", {}).items()},
-            }
-        except (ValueError, AttributeError, TypeError, KeyError):
+            write, read = _rwlock_entries(json.loads(file.read_bytes()))
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             file.unlink()
             print(f"A kill of DVC cut {file} off: removed", file=sys.stderr)
             return
-        kept["read"] = {path: who for path, who in kept["read"].items() if who}
-        if any(kept[kind] != listed.get(kind, {}) for kind in kept):
+        writers = {path: who for path, who in write.items() if _is_dvc(who["pid"], written)}
+        readers = {path: [one for one in who if _is_dvc(one["pid"], written)] for path, who in read.items()}
+        if writers != write or readers != read:
             with whole_file(file) as temporary:
-                temporary.write_text(json.dumps(kept))
+                temporary.write_text(json.dumps({"write": writers, "read": {path: who for path, who in readers.items() if who}}))
             print(f"{file} named processes that are gone: taken out", file=sys.stderr)
+
+
+def _rwlock_entries(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Who writes and who reads each path, in the form that DVC asks for. Raises ValueError, or the like, where it is another."""
+    write, read = listed.get("write", {}), listed.get("read", {})
+    lists = [who for who in read.values() if isinstance(who, list)]
+    known = listed.keys() <= {"write", "read"} and len(lists) == len(read)
+    if not known or not all(
+        who.keys() == {"pid", "cmd"} and isinstance(who["pid"], int) and isinstance(who["cmd"], str)
+        for who in [*write.values(), *itertools.chain(*lists)]
+    ):
+        raise ValueError("not as DVC writes it")
+    return write, read
 
 
 def _is_dvc(pid: int, since: float) -> bool:
     """Whether a process is a DVC that was there already at a time."""
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.Error, ValueError, OverflowError):  # the latter two: no process has such a number
         process = psutil.Process(pid)
         return warm.is_alive(process) and process.create_time() <= since + 1 and "dvc" in " ".join(process.cmdline())
     return False
@@ -102,33 +114,52 @@ def _is_dvc(pid: int, since: float) -> bool:
 def mend_lock() -> subprocess.CompletedProcess[str]:
     """Give dvc.lock back what a kill or a full disk took from it while DVC wrote it. What DVC says of it then.
 
-    Its last stage, which is cut, is taken out; what is missing now comes from the last commit. What neither has, DVC finds again in
-    its run cache, by code, parameters and data.
+    What is whole of it stays; what is missing then comes from the last commit. What neither has, DVC finds in its run cache, by
+    code, parameters and data. The file stays as it is where something else is wrong with it.
     """
-    file = Path("dvc.lock")
-    text = file.read_bytes().decode(errors="replace")
-    whole = _lock_entries(text)
-    if whole:
-        whole.popitem()
-    entries = _lock_entries(git("show", f"HEAD:./{file}") or "") | whole
-    with whole_file(file) as temporary:
-        body = "".join(entries.values())
-        temporary.write_text(f"schema: '2.0'\nstages:{chr(10) + body if body else ' {}' + chr(10)}", encoding="utf-8")
+    content = LOCK.read_bytes()
+    refuse_conflict(content)
+    if not _is_cut(content):
+        raise damaged(LOCK, "it is not as DVC writes it")
+    whole = _whole(_lock_entries(content)[:-1])  # a last one that is cut may look whole
+    committed = _whole(_lock_entries((git("show", f"HEAD:./{LOCK}") or "").encode()))
+    entries = b"".join((committed | whole).values())
+    _write_bytes(LOCK, LOCK_STARTS + entries if entries else LOCK_STARTS.rstrip() + b" {}\n")
     asked = _status()
-    if asked.returncode:  # that was not the trouble
-        with whole_file(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    if asked.returncode and str(LOCK) in asked.stderr:
+        _write_bytes(LOCK, content)
     else:
-        print(
-            f"{file} was cut off while DVC wrote it: mended from its rest and the last commit",
-            file=sys.stderr,
-        )
+        print(f"{LOCK} was cut off while DVC wrote it: mended from its rest and the last commit", file=sys.stderr)
     return asked
 
 
-def _lock_entries(text: str) -> dict[str, str]:
-    """The entries of a dvc.lock by the name of their stage, as text."""
-    return {entry.partition(":\n")[0].strip(): entry for entry in re.split(r"^(?=  [^\s#])", text, flags=re.MULTILINE)[1:]}
+def _write_bytes(path: Path, content: bytes) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _is_cut(content: bytes) -> bool:
+    """Whether a dvc.lock begins as DVC writes it, or holds nothing, or zeros: a crash may leave these."""
+    start = content.replace(b"\r\n", b"\n")[: len(LOCK_STARTS)]
+    return b"\0" in content or not content.strip() or LOCK_STARTS.startswith(start)
+
+
+def _lock_entries(content: bytes) -> list[bytes]:
+    return re.split(rb"^(?=  [^\s#])", content.replace(b"\r\n", b"\n"), flags=re.MULTILINE)[1:]
+
+
+def _whole(entries: list[bytes]) -> dict[bytes, bytes]:
+    """Those of the entries of a dvc.lock that are whole, by the name of their stage."""
+    return {entry.partition(b":\n")[0].strip(): entry for entry in entries if _is_whole(entry)}
+
+
+def _is_whole(entry: bytes) -> bool:
+    """Whether an entry of dvc.lock is of the form that DVC writes."""
+    with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
+        ((_, stage),) = params.parse_yaml(entry.decode(), LOCK).items()
+        files = [*stage.get("deps", []), *stage.get("outs", [])]
+        return bool(stage["cmd"]) and all(file["path"] and file["md5"] for file in files)
+    return False
 
 
 def _is_empty(file: Path) -> bool:
@@ -253,15 +284,13 @@ def main() -> None:
     commands.add_parser("prune").add_argument("--yes", action="store_true")
     commands.add_parser("profile").add_argument("name")
     args = parser.parse_args()
-    try:
+    with in_one_line(args.command):
         if args.command == "prune":
             prune(args.yes)
         elif args.command == "profile":
             profile(args.name)
         else:
             {"plan": plan, "table": table}[args.command]()
-    except UserError as error:
-        sys.exit(f"{args.command}: {error}")
 
 
 if __name__ == "__main__":

@@ -124,12 +124,17 @@ class Tree:
 def _lock() -> str:
     """The text of dvc.lock; empty where there is none. Raises UserError when it is no text, or two texts at once."""
     try:
-        text = LOCK.read_text(encoding="utf-8") if LOCK.exists() else ""
-    except (OSError, ValueError) as error:
+        content = LOCK.read_bytes() if LOCK.exists() else b""
+        refuse_conflict(content)
+        return content.decode().replace("\r\n", "\n")
+    except (OSError, UnicodeError) as error:
         raise damaged(LOCK, error) from None
-    if re.search(r"^(<<<<<<<|>>>>>>>) ", text, re.MULTILINE):
+
+
+def refuse_conflict(content: bytes) -> None:
+    """Raises UserError where a dvc.lock holds two texts at once."""
+    if re.search(rb"^(<<<<<<<|>>>>>>>) ", content, re.MULTILINE):
         raise UserError(f"{LOCK} has conflict markers of git; `git checkout --ours {LOCK}`, then `dvc repro`")
-    return text
 
 
 def outputs(loaded: params.Params) -> list[str]:

@@ -18,7 +18,6 @@ from typing import NoReturn
 
 import psutil
 
-from stages import UserError
 from stages.pipeline import warm
 
 COMMAND = (sys.executable, "-m", "stages.pipeline.warm", sys.executable, "-m", "dvc", "repro", "--keep-going")
@@ -31,11 +30,13 @@ class Stopped(BaseException):
 def main() -> int:
     """Make all that is missing; the exit code of DVC."""
     from stages.pipeline import plan, tracking
+    from stages.pipeline.stage import in_one_line
 
-    plan.plan()
-    code = run(COMMAND)
-    synced = tracking.sync(asked=True)
-    plan.table()
+    with in_one_line("repro"):
+        plan.plan()
+        code = run(COMMAND)
+        synced = tracking.sync(asked=True)
+        plan.table()
     if not synced:  # last, for what was said before has scrolled away
         print(
             f"MLflow is not up to date: {tracking.last_trouble()}. All results are in the files; `make sync` tries again.",
@@ -102,9 +103,6 @@ def started() -> int:
     os.environ["NAQSH_REPRO"] = secrets.token_hex(8)  # what MLflow may cost is counted for the whole of it
     try:
         return main()
-    except UserError as error:
-        print(f"repro: {error}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         print("\nStopped. `make repro` goes on from here.", file=sys.stderr, flush=True)
         os._exit(128 + stopped.args[0])  # a thread that waits for MLflow holds nobody up

@@ -23,10 +23,16 @@ DECISIVE = ("reader", "path", "url", "drive", "sha256")  # options that decide w
 
 
 def resolved(options: dict[str, Any]) -> dict[str, Any]:
-    """A section of params.yaml: data with every `path` absolute: ~ is the home folder, relative ones start at the repository."""
+    """A section of params.yaml: data with every `path` absolute: ~ is the home folder, relative ones start at the repository.
+
+    Raises UserError where there is no such home folder.
+    """
     found: dict[str, Any] = {name: resolved(value) if isinstance(value, dict) else value for name, value in options.items()}
     if found.get("path"):
-        found["path"] = str(workspace() / Path(found["path"]).expanduser())
+        try:
+            found["path"] = str(workspace() / Path(found["path"]).expanduser())
+        except RuntimeError:  # no HOME, or nobody of the name after ~
+            raise UserError(f"path = {found['path']}: that home folder is unknown here; write the path without ~") from None
     return found
 
 

@@ -24,9 +24,24 @@ from tqdm import tqdm
 from stages import ChangedError, UserError, masked
 from stages.pipeline import inputs, params, paths, warm
 
-OF_THE_MACHINE = (  # what is wrong with it, not with the code: full, read-only, not allowed, too much open, broken
+OF_THE_MACHINE = (  # what is wrong with it, not with the code: full, read-only, not allowed, too much open, broken, in the way
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO,
+    errno.ENOLCK, errno.ENOTDIR, errno.EEXIST,
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_one_line(who: str) -> Iterator[None]:
+    """End the program with one line and exit code 1 where a mistake of the user or trouble of the machine ends the block."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"{who}: {error}")
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{who}: {where}{error.strerror}. When that is mended, run the same command again: it goes on from here")
 
 
 def run(main: Callable[..., dict[str, Any] | None]) -> None:
@@ -46,7 +61,7 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
         parser.add_argument("name", metavar=subject.upper(), nargs="?" if known else None, default=known)
     parser.add_argument("--dry-run", action="store_true", help="print the checked parameters and stop")
     args = parser.parse_args()
-    try:
+    with in_one_line(stage), _ended_by_ctrl_c():
         arguments = _arguments(params.load(), wanted, subject, getattr(args, "name", None))
         if args.dry_run:
             print(masked(json.dumps(arguments, default=_plain, indent=2)))
@@ -63,13 +78,12 @@ def run(main: Callable[..., dict[str, Any] | None]) -> None:
             if subject:
                 write_json(paths.timing(stage, args.name), {**_machine(seconds), **(measured or {})})
             check_unchanged()
-    except UserError as error:
-        sys.exit(f"{stage}: {error}")
-    except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{stage}: {where}{error.strerror}. When that is mended, `make repro` goes on")
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -167,8 +181,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it is about
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is wrong with the folder is told already
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from stages.pipeline import inputs, params, paths, patience, provenance, results
 from stages.pipeline.params import Cell
 from stages.pipeline.patience import Watch
 from stages.pipeline.provenance import Tree, content_hash, workspace
-from stages.pipeline.stage import damaged
+from stages.pipeline.stage import damaged, in_one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -477,12 +477,10 @@ def _main() -> int:
     parser.add_argument("command", nargs="?", choices=["sync", "ui", "restore"], default="sync")
     parser.add_argument("--port", default="5000", help="of the UI (default: 5000)")
     args = parser.parse_args()
-    try:
+    with in_one_line("MLflow"):
         port = _free_port(args.port) if args.command == "ui" and not store_uri().startswith("http") else 0
         for line in sources.changed(params.load()):
             print(line, file=sys.stderr)
-    except UserError as error:
-        sys.exit(f"MLflow: {error}")
     complete = (args.command != "restore" or restore()) and sync(asked=True)
     if args.command == "ui" and complete:
         _serve(port)
