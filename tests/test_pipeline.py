@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,20 @@ def test_first_run_makes_everything(tree: Path) -> None:
 
 def test_second_run_does_nothing(tree: Path) -> None:
     assert "Data and pipelines are up to date." in repro(tree)
+
+
+@pytest.mark.parametrize("share", [0.5, 0])
+def test_a_lock_that_was_cut_off_costs_no_training(tree: Path, share: float) -> None:
+    """It is in no commit yet: what its rest does not have comes from the run cache."""
+    lock, results = tree / "dvc.lock", [tree / f"models/{CELL}/ema.safetensors", tree / f"metrics/evaluate/{CELL}.json"]
+    whole, before = lock.read_bytes(), [path.read_bytes() for path in results]
+    lock.write_bytes(whole[: int(share * len(whole))])
+    assert "mended" in call(tree, sys.executable, "-m", "stages.pipeline.plan", "plan").stderr
+    said = repro(tree)
+    assert f"Stage 'train@{CELL}' is cached - skipping run" in said
+    assert re.findall(r"Running stage '(.*)'", said) == ["compare"]
+    assert lock.read_bytes() == whole
+    assert [path.read_bytes() for path in results] == before
 
 
 def test_mlflow_holds_the_cell(tree: Path) -> None:

@@ -140,3 +140,13 @@ def test_options_that_decide_the_raw_files_are_known():
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     assert taken == {*sources.DECISIVE, "of"} - {"reader"}
+
+
+@pytest.mark.parametrize("path", ["~", "~/digits.zip"])
+def test_a_home_folder_that_nobody_knows_is_told(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    def unknown(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(UserError, match=rf"^path = {path}: that home folder is unknown here; write the path without ~$"):
+        sources.resolved({"reader": "mixed", "of": {"mine": {"path": path}}})

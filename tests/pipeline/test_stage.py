@@ -1,11 +1,24 @@
-"""What every stage writes: small JSON files that are the same on any processor."""
+"""What every stage writes, whole or not at all, and how it ends where the machine is in the way."""
 
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from stages import UserError
-from stages.pipeline.stage import read_json, sound, write_json
+from stages.pipeline import params, plan, repro, tracking
+from stages.pipeline.checkpoint import load_tensors, save_tensors
+from stages.pipeline.stage import in_one_line, read_json, sound, whole_file, whole_files, whole_folder, write_archive, write_json
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_fractions_keep_six_digits_and_whole_numbers_all(tmp_path: Path) -> None:
@@ -71,3 +84,119 @@ def test_a_result_in_git_is_restored_by_git(tmp_path: Path, monkeypatch: pytest.
     Path("metrics/x.json").touch()
     with pytest.raises(UserError, match=r"`git checkout metrics/x\.json`, or delete it and run `dvc repro`"):
         read_json(Path("metrics/x.json"))
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may be larger than 64 KiB: to write on fails in the middle, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fill(folder: Path) -> None:
+    (folder / "small").write_bytes(bytes(9))
+    (folder / "large").write_bytes(bytes(2**18))
+
+
+def picture(path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
+    with whole_file(path) as temporary:
+        Image.fromarray(noise).save(temporary)
+
+
+def folder(path: Path) -> None:
+    with whole_folder(path) as temporary:
+        fill(temporary)
+
+
+def files(path: Path) -> None:
+    with whole_files(path) as temporary:
+        fill(temporary)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "x.safetensors": lambda path: save_tensors(path, {"x": torch.zeros(2**16)}),
+    "x.json": lambda path: write_json(path, ["x" * 2**18]),
+    "x.zip": lambda path: write_archive(path, Path(np.__file__).parent / "random"),
+    "x.png": picture,
+    "x.gif": picture,
+    "folder": folder,
+    "files": files,
+}
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SystemExit) as ended, in_one_line("stage"):
+        WRITERS[name](tmp_path / name)
+    said = str(ended.value.code)
+    assert said.startswith("stage: ")
+    assert "File too large. When that is mended, run the same command again" in said
+    assert "\n" not in said
+    assert Path(name).suffix == "" or str(tmp_path / name) in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_what_a_full_disk_refuses_leaves_the_old_file(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    with pytest.raises(OSError, match="File too large"):
+        save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2**16)})
+    assert load_tensors(tmp_path / "x.safetensors")[0]["x"].tolist() == [1, 1]
+
+
+def test_trouble_of_the_machine_is_one_line_and_a_mistake_of_the_code_is_none(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^stage: params\.yaml: train has no x$"), in_one_line("stage"):
+        raise UserError("params.yaml: train has no x")
+    with pytest.raises(SystemExit, match=r"^stage: /a: Read-only file system\. When"), in_one_line("stage"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/a")
+    (tmp_path / ".state").touch()
+    with pytest.raises(SystemExit, match=r"\.state/locks: Not a directory"), in_one_line("stage"):
+        (tmp_path / ".state/locks").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(FileNotFoundError), in_one_line("stage"):
+        (tmp_path / "no").read_bytes()
+    with pytest.raises(ZeroDivisionError), in_one_line("stage"):
+        print(1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("start", "arguments", "fails"),
+    [
+        (plan.main, ["plan"], (params, "load")),
+        (plan.main, ["prune", "--yes"], (plan, "leftovers")),
+        (plan.main, ["profile", "gpu"], (plan, "whole_file")),
+        (repro.main, [], (plan, "plan")),
+        (repro.main, [], (repro, "run")),
+        (tracking._main, [], (params, "load")),
+    ],
+)
+def test_every_command_ends_with_one_line_in_a_folder_that_is_read_only(
+    start: Callable[[], object], arguments: list[str], fails: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "params.yaml")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+    if start is repro.main:
+        monkeypatch.setattr(plan, "plan", lambda: None)
+    monkeypatch.setattr(*fails, refuse)
+    with pytest.raises(SystemExit, match=r"^[\w]+: params\.yaml: Read-only file system\. When that is mended, [^\n]*$"):
+        start()
+
+
+def test_a_user_without_a_name_gets_one() -> None:
+    code = """
+import getpass, os, pwd
+for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+def unknown(uid): raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = unknown
+import stages
+print(getpass.getuser(), os.environ["LOGNAME"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"user-{os.getuid()} user-{os.getuid()}\n"
