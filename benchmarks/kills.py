@@ -30,9 +30,11 @@ from typing import Any, NamedTuple
 import psutil
 from tqdm import tqdm
 
-from stages.pipeline.warm import is_alive
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from stages.pipeline.warm import is_alive  # noqa: E402
+
 CELL = "persian_glyphs-cosine-8-0"
 PROFILE = """\
 sweep: {datasets: [persian_glyphs], schedules: [cosine], timesteps: [8], seeds: [0]}
@@ -69,7 +71,7 @@ WAYS = [
     for how in signals
 ]
 ASKED, KILLED = 3, 10  # seconds to end for those who were asked in good order, and for those whom a SIGKILL leaves behind
-PATIENCE = 240  # seconds for a `make repro` to end by itself
+PATIENCE = 600  # seconds for a `make repro` to end by itself
 
 
 class Kill(NamedTuple):
@@ -124,14 +126,16 @@ class Pipeline:
         call(self.folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "Start")
 
     def _unbroken(self) -> tuple[float, dict[str, float]]:
-        """Seconds of a run without a kill, and of each place in it."""
-        run, lasts, began = Run(self), Counter[str](), time.monotonic()
+        """Seconds of a run without a kill, and of each place in it; of a stage also those in which it is a process already."""
+        lasts, began = Counter[str](), time.monotonic()
         then = began
-        while run.shell.poll() is None:
-            place, now = run.place()[0], time.monotonic()
-            lasts[place] += now - then
-            then = now
-            time.sleep(0.02)
+        with Run(self) as run:
+            while run.shell.poll() is None:
+                place, now = run.place()[0], time.monotonic()
+                for key in (place, f"{place} in its fork")[: 1 + run.runs("stage")]:
+                    lasts[key] += now - then
+                then = now
+                time.sleep(0.05)
         if run.shell.returncode:
             raise AssertionError(run.output.read_text())
         lasts["between"] /= len(STAGES)
@@ -159,14 +163,16 @@ class Pipeline:
 
     def killed_run(self, kill: Kill, part: float) -> dict[str, Any]:
         """What came of a `make repro` that was killed after a part of the time that a place lasts; no `hit` where nobody was."""
-        run = Run(self)
-        about: dict[str, Any] = {"kill": " ".join(kill), "output": run.output.name, "faults": []}
-        if run.wait_for(kill, part * self.lasts.get(kill.place, 0)) and (doomed := run.fire(kill)) is not None:
-            about["hit"] = run.hit
-            about["seconds"] = _outlasts(doomed, limit := _limit(kill))
-            if about["seconds"] is None:
-                about["faults"].append(f"run on {limit} s after it: {_told(doomed)}")
-        return about | {"faults": about["faults"] + run.end()}
+        about: dict[str, Any] = {"kill": " ".join(filter(None, kill)), "faults": []}
+        lasts = self.lasts.get(f"{kill.place} in its fork" if kill.whom == "stage" else kill.place, 0)
+        with Run(self) as run:
+            about["output"] = run.output.name
+            if run.wait_for(kill, part * lasts) and (doomed := run.fire(kill)) is not None:
+                about |= {"hit": run.hit, "seconds": _outlasts(doomed, limit := _limit(kill))}
+                if about["seconds"] is None:
+                    about["faults"].append(f"run on {limit} s after it: {_told(doomed)}")
+            about["faults"] += run.end()
+        return about
 
     def left(self, seconds: float) -> list[str]:
         """Who still runs here after so many seconds."""
@@ -177,8 +183,8 @@ class Pipeline:
 
     def finish(self) -> list[str]:
         """Let a `make repro` end; what is not as after an unbroken run."""
-        run = Run(self)
-        faults = run.end()
+        with Run(self) as run:
+            faults = run.end()
         if run.shell.returncode:
             return [*faults, f"make repro ended with {run.shell.returncode}: {run.output.name}"]
         return faults + self.faults()
@@ -214,6 +220,7 @@ class Run:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._began, self._seen = pipeline, False, set[int]()
+        self._running: list[tuple[str, psutil.Process]] = []  # when `place` looked last
         self.hit = ""  # where the run was when it was killed
         self.output = pipeline.outputs / f"{len(list(pipeline.outputs.iterdir())):03}.txt"
         with self.output.open("wb") as file:
@@ -226,10 +233,21 @@ class Run:
                 start_new_session=True,
             )
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nobody behind, also where the harness is stopped."""
+        for _, process in self._pipeline.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.shell.wait()
+
     def place(self) -> tuple[str, str]:
         """Where the run is, and the stage that DVC began last."""
         begun = re.findall(r"^Running stage '(\w+)", self.output.read_text(errors="replace"), re.MULTILINE)
-        running = {role for role, _ in self._pipeline.processes()}
+        self._running = self._pipeline.processes()
+        running = {role for role, _ in self._running}
         stage = begun[-1] if begun else ""
         self._began |= "dvc" in running
         if "dvc" not in running:
@@ -242,48 +260,45 @@ class Run:
             return "MLflow", stage
         return stage or "start", stage
 
+    def runs(self, whom: str) -> bool:
+        """Whether somebody was there when `place` looked last."""
+        return whom == "group" or any(role == whom for role, _ in self._running)
+
     def wait_for(self, kill: Kill, seconds: float) -> bool:
-        """Wait until the run has been at a place for so many seconds, or leaves it, and runs whom to kill; False where it ends."""
+        """Wait until whom to kill has been at a place for so many seconds, or leaves it; False where the run ends before."""
         until = None
         while self.shell.poll() is None:
             place, stage = self.place()
             at = place == kill.place and (place != "between" or stage == kill.stage)
-            if at and until is None:
+            if at and until is None and self.runs(kill.whom):
                 until = time.monotonic() + seconds
-            if until and (not at or time.monotonic() >= until) and self._found(kill.whom):
+            if until and (not at or time.monotonic() >= until) and self.runs(kill.whom):
                 return True
-            time.sleep(0.01)
+            time.sleep(0.05)  # each look takes 10 ms
         return False
-
-    def _found(self, whom: str) -> bool:
-        return whom == "group" or any(role == whom for role, _ in self._pipeline.processes())
 
     def fire(self, kill: Kill) -> list[tuple[str, psutil.Process]] | None:
         """Kill, and tell who must end with it; None where whom to kill is gone."""
         number = signal.Signals[kill.how]
-        self.hit, running = self.place()[0], self._pipeline.processes()
+        self.hit = self.place()[0]
         try:
             if kill.whom == "group":
                 os.killpg(self.shell.pid, number)
             else:
-                next(process for role, process in running if role == kill.whom).send_signal(number)
+                next(process for role, process in self._running if role == kill.whom).send_signal(number)
         except (StopIteration, ProcessLookupError, psutil.NoSuchProcess):
             return None
         if kill.whom in ABOVE:
-            return running
+            return self._running
         first = CHAIN.index("warm" if kill.whom == "dvc" else kill.whom)  # it lives for DVC alone
-        return [(role, process) for role, process in running if role in CHAIN[first:]]
+        return [(role, process) for role, process in self._running if role in CHAIN[first:]]
 
     def end(self) -> list[str]:
         """Let the run end by itself; the faults that it has not, or left somebody behind."""
         try:
             self.shell.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            faults = [f"no end after {PATIENCE} s: {self.output.name}", *self._pipeline.left(0)]
-            for _, process in self._pipeline.processes():
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            return faults
+            return [f"no end after {PATIENCE} s: {self.output.name}", *self._pipeline.left(0)]
         return self._pipeline.left(KILLED)
 
 
@@ -386,6 +401,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="kept; without it, all is removed unless there is a fault")
     parser.add_argument("--summary", type=Path, help="a file to write the JSON to")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = args.folder or Path(tempfile.mkdtemp())
     started = time.perf_counter()
     pipeline = Pipeline((folder / "naqsh").resolve())
