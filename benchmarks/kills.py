@@ -1,63 +1,91 @@
-"""Kill a pipeline at random moments, in every way, and see that it then goes on and ends with the bits of an unbroken run.
+"""Kill `make repro` of a small pipeline at every place and in every way; see that it stops, goes on, and ends as if never broken.
 
-It runs what `make repro` runs: `plan`, which mends what a killed DVC left half-written, then `dvc repro` beside a warm process, of
-which the stages are forks.
+A round begins with nothing made, kills `make repro` one to three times, and lets the next one end. After every kill nothing may
+run on. At the end of a round every result has the bits of the run that was never broken, MLflow holds one finished run with each
+step once, and nothing unfinished is left over.
 
-Prints one JSON line. Run: python benchmarks/kills.py [--kills 200] [--seed 0] [--folder EMPTY_FOLDER]
+Prints one JSON line. Run: python benchmarks/kills.py [--kills 50] [--seed 0] [--folder EMPTY_FOLDER] [--summary FILE]
 """
 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlflow import MlflowClient
+import psutil
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-CELL = "persian_glyphs-cosine-8-0"
-MADE = ("models/cells", "samples", "metrics/train", "metrics/evaluate")  # what must not depend on kills
-INTERVAL = 0.3  # seconds between checkpoints
+sys.path.insert(0, str(ROOT))
 
-PROFILE = f"""\
-sweep: {{datasets: [persian_glyphs], schedules: [cosine], timesteps: [8], seeds: [0]}}
+from stages.pipeline.warm import is_alive  # noqa: E402
+
+CELL = "persian_glyphs-cosine-8-0"
+PROFILE = """\
+sweep: {datasets: [persian_glyphs], schedules: [cosine], timesteps: [8], seeds: [0]}
 data:
-  persian_glyphs: {{size: 16, train_images: 256, test_images: 64}}
-extractor: {{images: 256, batch: 32}}
-network: {{channel_mult: [1, 2]}}
-train: {{images: 3200, longer: {{persian_glyphs: 1}}, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 8}}
-sample: {{images: 256, ancestral_images: 8, snapshot_images: 64, chunk: 32, fast: {{steps: 4}}}}
-evaluate: {{images: 32, draws: 2, min_scored: 32}}
-runtime: {{checkpoint_seconds: {INTERVAL}}}
+  persian_glyphs: {size: 16, train_images: 192, test_images: 64}
+extractor: {images: 1024, batch: 32}
+network: {channel_mult: [1, 2]}
+train: {images: 2400, longer: {persian_glyphs: 1}, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 8}
+sample: {images: 192, ancestral_images: 8, snapshot_images: 64, chunk: 32, fast: {steps: 4}}
+evaluate: {images: 32, draws: 2, min_scored: 32}
+runtime: {checkpoint_seconds: 0.3}
 """
-WAYS = {  # whom, and with what
-    "SIGKILL of the stage": ("stage", signal.SIGKILL),
-    "SIGTERM of the stage": ("stage", signal.SIGTERM),
-    "SIGKILL of who waits for it": ("asker", signal.SIGKILL),
-    "SIGTERM of who waits for it": ("asker", signal.SIGTERM),
-    "SIGKILL of dvc": ("dvc", signal.SIGKILL),
-    "SIGTERM of dvc": ("dvc", signal.SIGTERM),
-    "SIGKILL of the warm process": ("warm", signal.SIGKILL),
-    "SIGTERM of the warm process": ("warm", signal.SIGTERM),
-    "Ctrl-C": ("group", signal.SIGINT),
-}
-REPRO = (sys.executable, "-m", "stages.pipeline.warm", "dvc", "repro")
+MADE = ("data", "models", "samples", "metrics")  # what must not depend on kills,
+CLOCKED = ("metrics/timing/", "metrics/summary", "metrics/report.md", "metrics/figures/cost.png")  # but for what a clock says
+
+STAGES = ("fetch", "prepare", "extractor", "reference", "train", "sample", "evaluate", "compare")
+PLACES = (  # of a run: before DVC, before its first stage, while MLflow's database is made, a stage, after one, after DVC
+    "plan", "start", *STAGES[:4], "MLflow", *STAGES[4:], "between", "sync",
+)  # fmt: skip
+CHAIN = ("group", "make", "runner", "warm", "dvc", "shell", "asker", "stage")  # who is killed; each has started the next
+ABOVE = CHAIN[:3]  # whose end is the end of all
+WAYS = [
+    (whom, how)
+    for whom, signals in {
+        "group": ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"),  # Ctrl-C, and a terminal that is closed
+        "make": ("SIGTERM", "SIGKILL"),  # make itself waits for the recipe at any other
+        "runner": ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"),
+        "warm": ("SIGTERM", "SIGKILL"),
+        "dvc": ("SIGTERM", "SIGKILL"),
+        "shell": ("SIGTERM", "SIGKILL"),
+        "asker": ("SIGTERM", "SIGKILL"),
+        "stage": ("SIGINT", "SIGTERM", "SIGKILL"),
+    }.items()
+    for how in signals
+]
+ASKED, KILLED = 3, 10  # seconds to end for those who were asked in good order, and for those whom a SIGKILL leaves behind
+PATIENCE = 600  # seconds for a `make repro` to end by itself
+
+
+class Kill(NamedTuple):
+    """Where, after which stage (for "between" alone), whom, with what."""
+
+    place: str
+    stage: str
+    whom: str
+    how: str
 
 
 def environment() -> dict[str, str]:
     """That of a user, on one thread, so that the harness can share a small machine."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MAKE", "MLFLOW_", "GIT_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_CONFIG_GLOBAL": os.devnull}
     return kept | quiet | {"PATH": path, "OMP_NUM_THREADS": "1"}
@@ -71,150 +99,319 @@ def call(folder: Path, *command: str) -> str:
 
 
 class Pipeline:
-    """A copy of the working tree with one small cell, made once without a kill."""
+    """A copy of the working tree with one small cell, made once without a kill. Beside it: outputs, and files of no name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.temporary, self.outputs = folder.with_name(f"{folder.name}-tmp"), folder.with_name(f"{folder.name}-outputs")
+        for beside in (self.temporary, self.outputs):
+            beside.mkdir(parents=True)
+        self.shell = self.temporary / "shell"  # some shells wait for their last command; this one shall
+        self.shell.write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n')
+        self.shell.chmod(0o755)
+        self._copy()
+        self.seconds, self.lasts = self._unbroken()
+        self.unbroken = self.digests()
+
+    def _copy(self) -> None:
         listed = call(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
         for name in filter(None, listed):
             if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
-        (folder / "profiles/kills.yaml").write_text(PROFILE)
-        call(folder, sys.executable, "-m", "stages.pipeline.plan", "profile", "kills")
-        call(folder, "git", "init", "-q")
-        call(folder, "git", "add", "-A")
-        call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "Start")
-        call(folder, "dvc", "repro", "reference")
-        shutil.copy(folder / "dvc.lock", folder / ".dvc/start.lock")  # where each round begins
-        started = time.perf_counter()
-        call(folder, *REPRO)
-        self.seconds = time.perf_counter() - started
-        self.unbroken = self.digests()
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
+        (self.folder / "profiles/kills.yaml").write_text(PROFILE)
+        call(self.folder, sys.executable, "-m", "stages.pipeline.plan", "profile", "kills")
+        call(self.folder, "git", "init", "-q")
+        call(self.folder, "git", "add", "-A")
+        call(self.folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "Start")
+
+    def _unbroken(self) -> tuple[float, dict[str, float]]:
+        """Seconds of a run without a kill, and of each place in it; of a stage also those in which it is a process already."""
+        lasts, began = Counter[str](), time.monotonic()
+        then = began
+        with Run(self) as run:
+            while run.shell.poll() is None:
+                place, now = run.place()[0], time.monotonic()
+                for key in (place, f"{place} in its fork")[: 1 + run.runs("stage")]:
+                    lasts[key] += now - then
+                then = now
+                time.sleep(0.05)
+        if run.shell.returncode:
+            raise AssertionError(run.output.read_text())
+        lasts["between"] /= len(STAGES)
+        return then - began, dict(lasts)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every result file."""
         files = [path for name in MADE for path in sorted((self.folder / name).rglob("*")) if path.is_file()]
-        return {str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        names = {str(path.relative_to(self.folder)): path for path in files}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names.items() if not name.startswith(CLOCKED)}
 
     def forget(self) -> None:
-        """Undo all that the cell's stages made, in DVC's memory and in MLflow too."""
-        shutil.copy(self.folder / ".dvc/start.lock", self.folder / "dvc.lock")
-        for name in (*MADE, "mlruns", ".dvc/cache/runs", ".state"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        for path in self.folder.glob("mlflow.db*"):
-            path.unlink()
+        """Undo all that was made, in DVC's memory and in MLflow too."""
+        call(self.folder, "git", "clean", "-fdxq", "-e", "__pycache__")
 
-    def processes(self) -> dict[str, tuple[int, str]]:
-        """Who runs here: the process id and the command of `stage`, of the `asker` that waits for it, of `dvc` and of `warm`."""
-        found: dict[str, tuple[int, str]] = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if (entry / "cwd").resolve() != self.folder:
-                    continue
-                if "stages.pipeline.warm" in command:
-                    above = (Path("/proc") / str(parent) / "cmdline").read_bytes()
-                    found["stage" if b"stages.pipeline.warm" in above else "warm"] = int(entry.name), command
-                elif "-m stages." in command and "sh -c" not in command:
-                    found["asker"] = int(entry.name), command
-                elif "dvc repro" in command:
-                    found["dvc"] = int(entry.name), command
+    def processes(self) -> list[tuple[str, psutil.Process]]:
+        """Who runs here or was started from here, oldest first, each with its name in CHAIN; "other" for all else."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                here = Path(process.cwd()).is_relative_to(self.folder)
+                if here or process.environ().get("TMPDIR") == str(self.temporary):
+                    found.append((_role(process), process))
         return found
 
-    def killed_run(self, way: str, after: float) -> str:
-        """Start `dvc repro` and kill somebody after so many seconds; the stage that it hit, "nothing" where all was done."""
-        command = subprocess.Popen(
-            REPRO,
-            cwd=self.folder,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            command.wait(after)
-            return "nothing"
-        whom, how = WAYS[way]
-        running = self.processes()
-        hit = "between stages"
-        if "asker" in running:
-            hit = next(word for word in running["asker"][1].split() if word.startswith("stages."))
-        with contextlib.suppress(ProcessLookupError):
-            if whom == "group":
-                os.killpg(command.pid, how)
-            else:
-                os.kill(running.get(whom, (command.pid, ""))[0], how)
-        command.wait()
-        for _ in range(100):  # whom it left behind: they end in good order, and until then `plan` refuses to begin
-            unreaped = [pid for pid, _ in running.values() if Path(f"/proc/{pid}").exists()]  # DVC takes them for alive
-            if not self.processes() and not unreaped:
-                break
-            time.sleep(0.1)
-        return hit
+    def killed_run(self, kill: Kill, part: float) -> dict[str, Any]:
+        """What came of a `make repro` that was killed after a part of the time that a place lasts; no `hit` where nobody was."""
+        about: dict[str, Any] = {"kill": " ".join(filter(None, kill)), "faults": []}
+        lasts = self.lasts.get(f"{kill.place} in its fork" if kill.whom == "stage" else kill.place, 0)
+        with Run(self) as run:
+            about["output"] = run.output.name
+            if run.wait_for(kill, part * lasts) and (doomed := run.fire(kill)) is not None:
+                about |= {"hit": run.hit, "seconds": _outlasts(doomed, limit := _limit(kill))}
+                if about["seconds"] is None:
+                    about["faults"].append(f"run on {limit} s after it: {_told(doomed)}")
+            about["faults"] += run.end()
+        return about
+
+    def left(self, seconds: float) -> list[str]:
+        """Who still runs here after so many seconds."""
+        until = time.monotonic() + seconds
+        while (found := self.processes()) and time.monotonic() < until:
+            time.sleep(0.05)
+        return [f"still running: {told}" for told in _told(found)]
+
+    def finish(self) -> list[str]:
+        """Let a `make repro` end; what is not as after an unbroken run."""
+        with Run(self) as run:
+            faults = run.end()
+        if run.shell.returncode:
+            return [*faults, f"make repro ended with {run.shell.returncode}: {run.output.name}"]
+        return faults + self.faults()
 
     def faults(self) -> list[str]:
-        """What is not as after an unbroken run."""
-        found = [f"differs: {name}" for name, digest in self.digests().items() if self.unbroken.get(name) != digest]
-        found += [f"missing: {name}" for name in self.unbroken.keys() - self.digests().keys()]
-        found += [f"left over: {path}" for path in self.folder.rglob("*.partial*")]
-        found += [f"left over: {path}" for path in self.folder.glob(".state/checkpoints/*")]
-        if running := self.processes():
-            found.append(f"still running: {running}")
-        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
-        experiment = client.get_experiment_by_name("naqsh")
-        runs = client.search_runs([experiment.experiment_id]) if experiment else []
-        if [run.info.status for run in runs] != ["FINISHED"]:
-            found.append(f"runs: {[run.info.status for run in runs]}")
+        """What in the files, in DVC and in MLflow is not as after an unbroken run."""
+        digests = self.digests()
+        found = [f"differs: {name}" for name, digest in digests.items() if self.unbroken.get(name) != digest]
+        found += [f"missing: {name}" for name in self.unbroken.keys() - digests.keys()]
+        for pattern in ("**/*.partial*", "**/.*.files", ".state/checkpoints/*", ".state/scratch/*", "mlflow.db.broken*"):
+            found += [f"left over: {path.relative_to(self.folder)}" for path in self.folder.glob(pattern)]
+        found += [f"left over: {path}" for path in self.temporary.glob("naqsh-*")]
+        if (status := call(self.folder, "dvc", "status", "--json").strip()) != "{}":
+            found.append(f"dvc status: {status}")
+        return found + self._faults_in_mlflow() + self.left(0)
+
+    def _faults_in_mlflow(self) -> list[str]:
         rows = (self.folder / f"metrics/train/{CELL}.csv").read_text().splitlines()[1:]
-        for run in runs:
+        wanted, found = [int(row.split(",")[0]) for row in rows], []
+        with contextlib.closing(sqlite3.connect(self.folder / "mlflow.db")) as database:
+            runs = database.execute("select status, lifecycle_stage from runs").fetchall()
+            if runs != [("FINISHED", "active")]:
+                found.append(f"runs: {runs}")
             for name in ("train_loss", "images_per_sec"):
-                steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
-                if steps != [int(row.split(",")[0]) for row in rows]:
+                steps = [step for (step,) in database.execute("select step from metrics where key = ? order by step", [name])]
+                if steps != wanted:
                     found.append(f"steps of {name}: {steps}")
         return found
 
 
+class Run:
+    """A `make repro` below a shell, as a terminal has it. Its output goes to a file."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._began, self._seen = pipeline, False, set[int]()
+        self._running: list[tuple[str, psutil.Process]] = []  # when `place` looked last
+        self.hit = ""  # where the run was when it was killed
+        self.output = pipeline.outputs / f"{len(list(pipeline.outputs.iterdir())):03}.txt"
+        with self.output.open("wb") as file:
+            self.shell = subprocess.Popen(
+                ("sh", "-c", 'make -s -o "$0/.installed" repro VENV="$0"; exit $?', sys.prefix),  # -o: it installs nothing
+                cwd=pipeline.folder,
+                env=environment() | {"TMPDIR": str(pipeline.temporary), "SHELL": str(pipeline.shell)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nobody behind, also where the harness is stopped."""
+        for _, process in self._pipeline.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.shell.wait()
+
+    def place(self) -> tuple[str, str]:
+        """Where the run is, and the stage that DVC began last."""
+        begun = re.findall(r"^Running stage '(\w+)", self.output.read_text(errors="replace"), re.MULTILINE)
+        self._running = self._pipeline.processes()
+        running = {role for role, _ in self._running}
+        stage = begun[-1] if begun else ""
+        self._began |= "dvc" in running
+        if "dvc" not in running:
+            return "sync" if self._began else "plan", stage
+        if "asker" in running:
+            self._seen.add(len(begun))
+        elif len(begun) in self._seen:
+            return "between", stage
+        if stage == "train" and (self._pipeline.folder / "mlflow.db.partial").exists():
+            return "MLflow", stage
+        return stage or "start", stage
+
+    def runs(self, whom: str) -> bool:
+        """Whether somebody was there when `place` looked last."""
+        return whom == "group" or any(role == whom for role, _ in self._running)
+
+    def wait_for(self, kill: Kill, seconds: float) -> bool:
+        """Wait until whom to kill has been at a place for so many seconds, or leaves it; False where the run ends before."""
+        until = None
+        while self.shell.poll() is None:
+            place, stage = self.place()
+            at = place == kill.place and (place != "between" or stage == kill.stage)
+            if at and until is None and self.runs(kill.whom):
+                until = time.monotonic() + seconds
+            if until and (not at or time.monotonic() >= until) and self.runs(kill.whom):
+                return True
+            time.sleep(0.05)  # each look takes 10 ms
+        return False
+
+    def fire(self, kill: Kill) -> list[tuple[str, psutil.Process]] | None:
+        """Kill, and tell who must end with it; None where whom to kill is gone."""
+        number = signal.Signals[kill.how]
+        self.hit = self.place()[0]
+        try:
+            if kill.whom == "group":
+                os.killpg(self.shell.pid, number)
+            else:
+                next(process for role, process in self._running if role == kill.whom).send_signal(number)
+        except (StopIteration, ProcessLookupError, psutil.NoSuchProcess):
+            return None
+        if kill.whom in ABOVE:
+            return self._running
+        first = CHAIN.index("warm" if kill.whom == "dvc" else kill.whom)  # it lives for DVC alone
+        return [(role, process) for role, process in self._running if role in CHAIN[first:]]
+
+    def end(self) -> list[str]:
+        """Let the run end by itself; the faults that it has not, or left somebody behind."""
+        try:
+            self.shell.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            return [f"no end after {PATIENCE} s: {self.output.name}", *self._pipeline.left(0)]
+        return self._pipeline.left(KILLED)
+
+
+def _role(process: psutil.Process) -> str:
+    """The name in CHAIN of a process."""
+    command = " ".join(process.cmdline())
+    if "stages.pipeline.warm" in command:
+        above = process.parent()
+        return "stage" if above and "stages.pipeline.warm" in " ".join(above.cmdline()) else "warm"
+    if process.name() == "make":
+        return "make"
+    signs = {"stages.pipeline.repro": "runner", "-c python -m stages.": "shell", "-m stages.": "asker", "-m dvc repro": "dvc"}
+    return next((role for sign, role in signs.items() if sign in command), "other")
+
+
+def _limit(kill: Kill) -> int:
+    return ASKED if kill.whom in ABOVE and kill.how != "SIGKILL" else KILLED
+
+
+def _outlasts(doomed: list[tuple[str, psutil.Process]], seconds: float) -> float | None:
+    """The seconds until the last of them has ended; None where it takes longer than that."""
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < seconds:
+        if not any(is_alive(process) for _, process in doomed):
+            return passed
+        time.sleep(0.02)
+    return None
+
+
+def _told(processes: list[tuple[str, psutil.Process]]) -> list[str]:
+    """Those that run, in words."""
+    found = []
+    for role, process in processes:
+        with contextlib.suppress(psutil.Error):
+            if is_alive(process):
+                found.append(f"{role} {' '.join(process.cmdline())}")
+    return found
+
+
+def drawn(rng: random.Random) -> Iterator[Kill]:
+    """Kills without end: every place once before any comes again, and ways likewise, as far as they suit the place."""
+    ways: list[tuple[str, str]] = []
+    while True:
+        for place in rng.sample(PLACES, len(PLACES)):
+            there = CHAIN[: {"plan": 3, "sync": 3, "start": 5, "between": 5}.get(place, len(CHAIN))]  # who runs at that place
+            if not any(whom in there for whom, _ in ways):
+                ways += rng.sample(WAYS, len(WAYS))
+            way = next(way for way in ways if way[0] in there)
+            ways.remove(way)
+            yield Kill(place, rng.choice(STAGES) if place == "between" else "", *way)
+
+
+def in_order(kills: list[Kill], rng: random.Random) -> list[Kill]:
+    """As they can follow each other in a round, where what was made stays; every run has a plan and a start."""
+
+    def position(kill: Kill) -> float:
+        if kill.place in ("plan", "start"):
+            return rng.uniform(0, len(PLACES))
+        return PLACES.index(kill.stage) + 0.5 if kill.stage else PLACES.index(kill.place)
+
+    return sorted(kills, key=position)
+
+
 def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
-    """Rounds of one to three kills, each followed by a `dvc repro` that may end; stops at the first fault."""
-    rng, done, hits, ways, rounds = random.Random(seed), 0, Counter[str](), Counter[str](), 0
+    """Rounds of one to three kills, each followed by a `make repro` that may end; stops at the first round with a fault."""
+    rng = random.Random(seed)
+    deck, done, missed, rounds, faults, history = drawn(rng), [], 0, 0, [], []
     with tqdm(total=kills, unit="kill", disable=None) as bar:
-        while done < kills:
+        while len(done) < kills and not faults:
             pipeline.forget()
-            history = []
-            for _ in range(min(rng.randint(1, 3), kills - done)):
-                way = rng.choice(list(WAYS))
-                after = rng.uniform(0.5, pipeline.seconds)
-                hit = pipeline.killed_run(way, after)
-                history.append((way, hit, round(after, 2)))
-                if hit == "nothing":
+            history, rounds = [], rounds + 1
+            for kill in in_order(list(itertools.islice(deck, min(rng.randint(1, 3), kills - len(done)))), rng):
+                history.append(pipeline.killed_run(kill, rng.random()))
+                if "hit" in history[-1]:
+                    done.append((history[-1], kill))
+                    bar.update()
+                else:  # the place was passed before: it comes in another round
+                    deck, missed = itertools.chain([kill], deck), missed + 1
+                if history[-1]["faults"]:
                     break
-                hits[hit] += 1
-                ways[way] += 1
-                done += 1
-                bar.update()
-            rounds += 1
-            call(pipeline.folder, sys.executable, "-m", "stages.pipeline.plan", "plan")
-            call(pipeline.folder, *REPRO)
-            if faults := pipeline.faults():
-                return {"kills": done, "rounds": rounds, "history": history, "faults": faults}
-    return {"kills": done, "rounds": rounds, "hits": dict(hits), "ways": dict(ways), "faults": []}
+            faults = [fault for about in history for fault in about["faults"]] or pipeline.finish()
+            if missed > 3 + kills // 4:
+                faults.append(f"{missed} kills found their place passed")
+    places, ways = Counter(about["hit"] for about, _ in done), Counter((kill.whom, kill.how) for _, kill in done)
+    return {
+        "kills": len(done),
+        "rounds": rounds,
+        "places": {place: places[place] for place in PLACES},
+        "ways": {f"{how} of {whom}": ways[whom, how] for whom, how in WAYS},
+        "faults": faults,
+        **({"history": history, "folder": str(pipeline.folder), "outputs": str(pipeline.outputs)} if faults else {}),
+        "slowest_end_seconds": round(max((about["seconds"] or 0 for about, _ in done), default=0), 1),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, help="kept; without it, all is removed unless there is a fault")
+    parser.add_argument("--summary", type=Path, help="a file to write the JSON to")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        pipeline = Pipeline((args.folder or Path(temporary) / "naqsh").resolve())
-        started = time.perf_counter()
-        result = soak(pipeline, args.kills, args.seed)
-        print(
-            json.dumps({**result, "seconds": round(time.perf_counter() - started), "unbroken_seconds": round(pipeline.seconds, 1)})
-        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder = args.folder or Path(tempfile.mkdtemp())
+    started = time.perf_counter()
+    pipeline = Pipeline((folder / "naqsh").resolve())
+    result = {"seed": args.seed, **soak(pipeline, args.kills, args.seed)}
+    result |= {"unbroken_seconds": round(pipeline.seconds), "seconds": round(time.perf_counter() - started)}
+    print(json.dumps(result))
+    if args.summary:
+        args.summary.write_text(json.dumps(result, indent=2) + "\n")
+    if not args.folder and not result["faults"]:
+        shutil.rmtree(folder)
     sys.exit(bool(result["faults"]))
 
 
