@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -140,13 +139,13 @@ def test_second_run_does_nothing(tree: Path) -> None:
 @pytest.mark.parametrize("share", [0.5, 0])
 def test_a_lock_that_was_cut_off_costs_no_training(tree: Path, share: float) -> None:
     """It is in no commit yet: what its rest does not have comes from the run cache."""
-    lock, results = tree / "dvc.lock", [tree / f"models/{CELL}/ema.safetensors", tree / f"metrics/evaluate/{CELL}.json"]
+    lock, results = tree / "dvc.lock", [tree / f"models/cells/{CELL}/ema.safetensors", tree / f"metrics/evaluate/{CELL}.json"]
     whole, before = lock.read_bytes(), [path.read_bytes() for path in results]
     lock.write_bytes(whole[: int(share * len(whole))])
     assert "mended" in call(tree, sys.executable, "-m", "stages.pipeline.plan", "plan").stderr
     said = repro(tree)
     assert f"Stage 'train@{CELL}' is cached - skipping run" in said
-    assert re.findall(r"Running stage '(.*)'", said) == ["compare"]
+    assert "Running stage" not in said
     assert lock.read_bytes() == whole
     assert [path.read_bytes() for path in results] == before
 
@@ -312,9 +311,10 @@ def test_one_more_schedule_runs_only_the_new_cells(tree: Path) -> None:
     new = CELL.replace("cosine", "linear_unscaled")
     assert changed(tree) == {f"train@{new}", f"sample@{new}", f"evaluate@{new}", "compare"}
     repro(tree)
-    first, second = sorted(runs(tree), key=lambda run: run.data.tags["schedule"])
+    first, second = sorted(
+        (run for run in runs(tree) if run.data.tags["current"] == "true"), key=lambda run: run.data.tags["schedule"]
+    )
     assert [first.data.tags["naqsh.cell"], second.data.tags["naqsh.cell"]] == [CELL, new]
-    assert first.data.tags["current"] == second.data.tags["current"] == "true"
     assert second.data.tags["dirty"] == "true"
     patch = Path(second.info.artifact_uri.removeprefix("file://")) / "diff.patch"
     assert "linear_unscaled" in patch.read_text()
