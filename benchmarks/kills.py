@@ -231,6 +231,7 @@ class Run:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_as_in_a_terminal,
             )
 
     def __enter__(self) -> "Run":
@@ -300,6 +301,12 @@ class Run:
         except subprocess.TimeoutExpired:
             return [f"no end after {PATIENCE} s: {self.output.name}", *self._pipeline.left(0)]
         return self._pipeline.left(KILLED)
+
+
+def _as_in_a_terminal() -> None:
+    """Who runs in the background of a script, as CI does, has some signals ignored; who starts there inherits that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _role(process: psutil.Process) -> str:

@@ -17,7 +17,7 @@ from stages.pipeline.params import Cell
 
 ROOT = Path(__file__).parents[2]
 MD5 = "0123456789abcdef0123456789abcdef"
-LOCK = f"schema: '2.0'\nstages:\n  fetch@mnist:\n    cmd: x\n    outs:\n    - path: data/raw/mnist\n      md5: {MD5}\n"
+LOCK = f"schema: '2.0'\nstages:\n  fetch@mnist:\n    cmd: x\n    outs:\n    - path: data/raw/mnist.fetched.zip\n      md5: {MD5}\n"
 
 
 def git(*arguments: str) -> str:
@@ -323,8 +323,8 @@ def test_a_run_says_that_git_could_not_answer(tree: Path) -> None:
         (LOCK.replace("    outs:\n", "    outs: 3\n").partition("    - path")[0], "is damaged"),
         ("schema: '2.0'\nstages:\n  fetch@mnist:\n  - 1\n", "is damaged|not YAML"),
         ("schema: '2.0'\nstages:\n  fetch@mnist:\n", "is damaged"),
-        ("", "does not record data/raw/mnist"),
-        ("[1]", "does not record data/raw/mnist"),
+        ("", "does not record data/raw/mnist.fetched.zip"),
+        ("[1]", "does not record data/raw/mnist.fetched.zip"),
     ],
 )
 def test_a_damaged_lock_is_told_in_one_line(tree: Path, text: str, says: str) -> None:

@@ -36,6 +36,12 @@ sys.exit(repro.started())
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
+def heed_signals() -> None:
+    """As in a terminal: who runs in the background of a script ignores some."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
+
+
 @pytest.fixture
 def running(tmp_path: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A runner below a shell; and two processes below it that ignore what asks them to end."""
@@ -44,7 +50,7 @@ def running(tmp_path: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]
     shell = ["sh", "-c", f"{sys.executable} runner.py; exit $?"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        shell, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, umask=0o022
+        shell, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_signals
     )
     while len((tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []) < 2:
         assert process.poll() is None
