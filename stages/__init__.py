@@ -22,7 +22,7 @@ if "DVC_STAGE" in os.environ:
     from stages.pipeline import inputs  # noqa: F401  # before all that a stage is made of is imported
 
 if "NAQSH_WARM" in os.environ and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):
-    from stages.pipeline import warm  # imports the standard library alone
+    from stages.pipeline import warm  # imports little
 
     code = warm.ask(sys.orig_argv[2], sys.orig_argv[3:])
     if code is not None:

@@ -15,7 +15,7 @@ def main(dataset: str, data: params.DataSection) -> None:
     source = sources.Source.of(dataset, options)
     if source.is_kept(raw):
         print(f"{dataset}: what was fetched before is kept: no setting that decides it has changed", flush=True)
-        source.remember(raw)
+        source.remember(raw, kept=True)
         return
     try:
         with sources.scratch(f"fetch-{dataset}") as folder:

@@ -1,5 +1,6 @@
 """The fetch stage: its archive appears whole or not at all, and what was fetched is kept when the source is gone."""
 
+import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_what_is_forced_takes_in_what_changed(fetched):
     Path("mine/a/0.png").rename("mine/a/9.png")
     fetch.main("mine", MINE)
     assert paths.raw("mine").read_bytes() != fetched
+
+
+def test_what_was_taken_in_is_no_change_any_more_even_where_the_bytes_are_the_same(fetched, monkeypatch):
+    loaded = params.load()
+    swept = {"sweep": loaded.sweep.model_copy(update={"datasets": ["mine"]}), "data": {"mine": MINE}}
+    loaded = loaded.model_copy(update=swept)
+    assert sources.changed(loaded) == []
+    os.utime("mine/a/0.png", (1, 1))
+    assert len(sources.changed(loaded)) == 1
+    fetch.main("mine", MINE.model_copy(update={"licence": "CC0"}))
+    assert len(sources.changed(loaded)) == 1, "nothing was taken in"
+    paths.raw("mine").unlink()
+    fetch.main("mine", MINE.model_copy(update={"licence": "CC0"}))
+    assert paths.raw("mine").read_bytes() == fetched
+    assert sources.changed(loaded) == []
 
 
 def test_another_place_is_fetched_from(fetched):

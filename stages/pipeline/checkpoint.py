@@ -24,7 +24,7 @@ from stages import ChangedError, UserError
 from stages.networks.classifier import Classifier
 from stages.networks.unet import UNet
 from stages.pipeline.provenance import content_hash, md5, workspace
-from stages.pipeline.stage import Held, alone, check_unchanged, damaged, whole_file, whole_folder
+from stages.pipeline.stage import Held, alone, check_unchanged, damaged, sound, whole_file, whole_folder
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
@@ -117,7 +117,7 @@ def device_memory() -> dict[str, int]:
 def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
     """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, ..."""
     weights, about = load_tensors(path)
-    with _built_from(path):
+    with sound(path):
         net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
         net.load_state_dict(weights)
     return net.to(device(), memory_format=torch.channels_last).eval(), about  # type: ignore[call-overload]
@@ -126,21 +126,10 @@ def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
 def load_classifier(path: Path) -> Classifier:
     """A trained classifier in eval mode on `device()`."""
     weights, about = load_tensors(path)
-    with _built_from(path):
+    with sound(path):
         net = Classifier(**about["classifier"])
         net.load_state_dict(weights)
     return net.to(device()).to(memory_format=torch.channels_last).eval()
-
-
-@contextlib.contextmanager
-def _built_from(path: Path) -> Iterator[None]:
-    """Tell, in one line, that a file does not hold the network that it says."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise damaged(path, error) from None
 
 
 def fingerprint(files: Iterable[Path], *values: Any) -> str:

@@ -21,6 +21,7 @@ import psutil
 from stages.pipeline import warm
 
 COMMAND = (sys.executable, "-m", "stages.pipeline.warm", sys.executable, "-m", "dvc", "repro", "--keep-going")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end it: Ctrl-C, kill, a terminal that is closed
 
 
 class Stopped(BaseException):
@@ -47,11 +48,10 @@ def main() -> int:
 
 def run(command: tuple[str, ...]) -> int:
     """The exit code of a command that runs in a session of its own. Whatever ends this function ends that session too."""
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is somebody to end
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is somebody to end
     group = subprocess.Popen(command, start_new_session=True, preexec_fn=_as_child)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = group.wait()
         return code if code >= 0 else 128 - code
     finally:
@@ -59,7 +59,7 @@ def run(command: tuple[str, ...]) -> int:
 
 
 def _as_child() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     warm.end_with_parent()
 
 
@@ -81,20 +81,20 @@ def _members(group: "subprocess.Popen[bytes]") -> list[int]:
     found = []
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getpgid(pid) == group.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(pid) == group.pid and warm.is_alive(psutil.Process(pid)):
                 found.append(pid)
     return found
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)  # once is enough
     raise Stopped(number)
 
 
 def started() -> int:
     """Run as a program: signals end it, mistakes are one line. The exit code."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for name in SIGNALS:
         if signal.getsignal(name) != signal.SIG_IGN:  # as under nohup
             signal.signal(name, _stop)
     if "MAKELEVEL" in os.environ:

@@ -79,19 +79,16 @@ class Source:
         That is so when another option changed, or when the source is not there now. It is not when nothing changed at all: then
         the fetch was forced, to take changed files in.
         """
-        memory = _memory(self.dataset)
-        before = read_json(memory) if memory.exists() else {}
+        before = _recall(self.dataset)
         absent = any(files == 0 for files, _ in self.seen.values())
         if before.get("way") != self.way or (before.get("section") == self.section and not absent):
             return False
         bring_back(raw)
         return bool(md5(raw)) and md5(raw) == before.get("md5")
 
-    def remember(self, raw: Path) -> None:
-        """Keep how the source looked when the fetch began, now that it has succeeded."""
-        before = read_json(_memory(self.dataset)) if _memory(self.dataset).exists() else {}
-        kept = before.get("way") == self.way and before.get("md5") == md5(raw)
-        seen = before["seen"] if kept and "seen" in before else self.seen
+    def remember(self, raw: Path, *, kept: bool = False) -> None:
+        """Remember how the source looked when the fetch began, now that it has succeeded; `kept`: how it looked at the one before."""
+        seen = _recall(self.dataset)["seen"] if kept else self.seen
         write_json(_memory(self.dataset), {"way": self.way, "section": self.section, "seen": seen, "md5": md5(raw)})
 
 
@@ -117,11 +114,9 @@ def changed(loaded: params.Params) -> list[str]:
     """A line for each swept dataset whose files are no longer those of its last fetch here, with the command that fetches them."""
     lines = []
     for dataset in loaded.sweep.datasets:
-        if not _memory(dataset).exists():
-            continue
-        now = look(resolved(loaded.data[dataset].model_dump()))
         with sound(_memory(dataset)):
-            before = {path: tuple(seen) for path, seen in read_json(_memory(dataset)).get("seen", {}).items()}
+            before = {path: tuple(seen) for path, seen in _recall(dataset).get("seen", {}).items()}
+        now = look(resolved(loaded.data[dataset].model_dump())) if before else {}
         for path in before.keys() & now.keys():
             (files_before, hash_before), (files, hash_now) = before[path], now[path]
             if files == 0:
@@ -180,6 +175,11 @@ def _one(file: Path, root: Path) -> list[tuple[str, int, int]]:
     except OSError:
         return []
     return [(os.fsencode(file.relative_to(root)).decode(errors="replace"), stat.st_size, stat.st_mtime_ns)]
+
+
+def _recall(dataset: str) -> dict[str, Any]:
+    """What was remembered of a dataset; nothing where it was not fetched here."""
+    return dict(read_json(_memory(dataset))) if _memory(dataset).exists() else {}
 
 
 def _memory(dataset: str) -> Path:

@@ -47,10 +47,10 @@ def in_one_line(who: str) -> Iterator[None]:
 def run(main: Callable[..., dict[str, Any] | None]) -> None:
     """Run a stage from the command line: `python -m stages.NAME [DATASET | CELL] [--dry-run]`.
 
-    DVC tells the dataset or cell in DVC_STAGE, where no shell has a part. The signature of `main` says what the stage reads. A
-    first parameter `dataset` or `cell` comes from the command line, or from DVC;
-    `data` is that dataset's section of params.yaml; every other parameter is the section of its name, and `a__b` is the key
-    `a.b`. What `main` returns was measured with a clock and goes to metrics/timing, beside seconds, memory and device.
+    The signature of `main` says what the stage reads. A first parameter `dataset` or `cell` comes from the command line; DVC tells it
+    in DVC_STAGE, where no shell has a part. `data` is that dataset's section of params.yaml; every other parameter is the section
+    of its name, and `a__b` is the key `a.b`. What `main` returns was measured with a clock and goes to metrics/timing, beside
+    seconds, memory and device.
     """
     stage = Path(sys.argv[0]).stem
     wanted = inspect.signature(main).parameters
@@ -122,7 +122,7 @@ def _told_to_mlflow(cell: params.Cell | None, stage: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if cell and not isinstance(error, ChangedError):  # its run is of what is there now
+        if cell and not inputs.STARTED.changed():  # else the run would be that of what is there now
             from stages.pipeline import tracking  # it imports this module
 
             reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
@@ -295,7 +295,7 @@ def sound(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise damaged(path, error) from None
 
 
