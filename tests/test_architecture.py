@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -139,11 +138,6 @@ def test_declared_params_follow_the_signature() -> None:
     assert declared("def main(cell: C, data: D, sample__images: int): ...") == {"data.${item.dataset}", "sample.images"}
 
 
-def outs(stage: dict[str, Any]) -> set[str]:
-    entries = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
-    return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
-
-
 def promised(stage: str) -> set[str]:
     """The outputs of a stage by pipeline/paths.py."""
     name = "${key}" if "schedule" in GRAPH[stage].get("matrix", {}) else "${item.dataset}"
@@ -175,14 +169,14 @@ def promised(stage: str) -> set[str]:
 
 @pytest.mark.parametrize("stage", [stage for stage in GRAPH if stage != "compare"])
 def test_outs_are_where_paths_says(stage: str) -> None:
-    assert outs(GRAPH[stage]) == promised(stage)
+    assert set(paths.outs(GRAPH[stage])) == promised(stage)
 
 
 def test_every_out_is_a_file_and_no_command_holds_a_parameter() -> None:
     """DVC deletes a folder whole, with what others put there; and a shell reads a command."""
     for name, stage in GRAPH.items():
         assert stage["cmd"] == f"python -m stages.{name}"
-        assert all(Path(out).suffix for out in outs(stage)), name
+        assert all(Path(out).suffix for out in set(paths.outs(stage))), name
         uncached = [out for out in stage.get("outs", []) if isinstance(out, dict)]
         assert not uncached, "a stage with such an output is never restored from the run cache"
 
@@ -193,7 +187,7 @@ def test_data_deps_are_made_by_an_earlier_stage() -> None:
         for dep in stage["deps"]:
             if not dep.endswith(".py"):
                 assert any(f"{dep}/".startswith(f"{out}/") or f"{out}/".startswith(f"{dep}/") for out in made), dep
-        made |= outs(stage)
+        made |= set(paths.outs(stage))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from stages.pipeline import params, tracking
+from stages.pipeline import params, paths, tracking
 
 ROOT = Path(__file__).parents[1]
 CELL = "persian_glyphs-cosine-8-0"
@@ -121,8 +121,7 @@ def commit(folder: Path, message: str) -> None:
 
 def test_first_run_makes_everything(tree: Path) -> None:
     for stage in params.read_yaml(tree / "dvc.yaml")["stages"].values():
-        for out in (out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])):
-            path = out if isinstance(out, str) else next(iter(out))
+        for path in paths.outs(stage):
             assert (tree / path.replace("${item.dataset}", "persian_glyphs").replace("${key}", CELL)).exists(), path
     summary = json.loads((tree / "metrics/summary.json").read_text())
     assert summary["persian_glyphs"]["fid"] > 0

@@ -40,12 +40,11 @@ class Inputs:
 
 def _entries(kind: str) -> list[str]:
     """The deps or the params of this stage by dvc.yaml, resolved; none where DVC runs no stage here."""
-    from stages.pipeline import params
+    from stages.pipeline import params, paths
 
     name, _, item = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
     stage = params.read_yaml(Path("dvc.yaml"))["stages"].get(name, {}) if name else {}
-    dataset = item.partition("-")[0]
-    return [entry.replace("${item.dataset}", dataset).replace("${key}", item) for entry in stage.get(kind, [])]
+    return [paths.of_item(entry, item) for entry in stage.get(kind, [])]
 
 
 def _differences(before: bytes, now: bytes) -> Iterator[str]:
@@ -58,7 +57,7 @@ def _differences(before: bytes, now: bytes) -> Iterator[str]:
 
 def _compared(name: str, then: Any, new: Any) -> Iterator[str]:
     if isinstance(then, dict) and isinstance(new, dict):
-        for key in then.keys() | new.keys():
+        for key in [*then, *(new.keys() - then.keys())]:
             yield from _compared(f"{name}.{key}", then.get(key), new.get(key))
     elif then != new:
         yield f"{name} from {then} to {new}"

@@ -1,6 +1,18 @@
 """Where every file of a dataset or a cell lives, relative to the root of the working tree; dvc.yaml names the same paths."""
 
 from pathlib import Path
+from typing import Any
+
+
+def of_item(entry: str, item: str) -> str:
+    """An entry of dvc.yaml for one dataset, or for one cell, by its name."""
+    return entry.replace("${item.dataset}", item.partition("-")[0]).replace("${key}", item)
+
+
+def outs(stage: dict[str, Any]) -> list[str]:
+    """What a stage writes, as its section of dvc.yaml names it."""
+    entries = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+    return [out if isinstance(out, str) else next(iter(out)) for out in entries]
 
 
 def raw(dataset: str) -> Path:

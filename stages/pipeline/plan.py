@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from stages import UserError
 from stages.pipeline import params, paths, results, sources, warm
-from stages.pipeline.provenance import LOCK, Tree, git, refuse_conflict
+from stages.pipeline.provenance import LOCK, Tree, git, lock_entries, refuse_conflict
 from stages.pipeline.stage import damaged, in_one_line, whole_file
 
 LOCK_STARTS = b"schema: '2.0'\nstages:\n"
@@ -121,10 +121,12 @@ def mend_lock() -> subprocess.CompletedProcess[str]:
     refuse_conflict(content)
     if not _is_cut(content):
         raise damaged(LOCK, "it is not as DVC writes it")
-    whole = _whole(_lock_entries(content)[:-1])  # a last one that is cut may look whole
-    committed = _whole(_lock_entries((git("show", f"HEAD:./{LOCK}") or "").encode()))
-    entries = b"".join((committed | whole).values())
-    _write_bytes(LOCK, LOCK_STARTS + entries if entries else LOCK_STARTS.rstrip() + b" {}\n")
+    rest = lock_entries(content.decode(errors="surrogateescape").replace("\r\n", "\n"))
+    if rest:
+        rest.popitem()  # a last one that is cut may look whole
+    entries = lock_entries(git("show", f"HEAD:./{LOCK}") or "") | {name: entry for name, entry in rest.items() if _is_whole(entry)}
+    kept = "".join(entries.values()).encode()
+    _write_bytes(LOCK, LOCK_STARTS + kept if kept else LOCK_STARTS.rstrip() + b" {}\n")
     asked = _status()
     if asked.returncode and str(LOCK) in asked.stderr:
         _write_bytes(LOCK, content)
@@ -144,19 +146,10 @@ def _is_cut(content: bytes) -> bool:
     return b"\0" in content or not content.strip() or LOCK_STARTS.startswith(start)
 
 
-def _lock_entries(content: bytes) -> list[bytes]:
-    return re.split(rb"^(?=  [^\s#])", content.replace(b"\r\n", b"\n"), flags=re.MULTILINE)[1:]
-
-
-def _whole(entries: list[bytes]) -> dict[bytes, bytes]:
-    """Those of the entries of a dvc.lock that are whole, by the name of their stage."""
-    return {entry.partition(b":\n")[0].strip(): entry for entry in entries if _is_whole(entry)}
-
-
-def _is_whole(entry: bytes) -> bool:
+def _is_whole(entry: str) -> bool:
     """Whether an entry of dvc.lock is of the form that DVC writes."""
     with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
-        ((_, stage),) = params.parse_yaml(entry.decode(), LOCK).items()
+        ((_, stage),) = params.parse_yaml(entry, LOCK).items()
         files = [*stage.get("deps", []), *stage.get("outs", [])]
         return bool(stage["cmd"]) and all(file["path"] and file["md5"] for file in files)
     return False
@@ -176,15 +169,10 @@ def with_followers(changed: set[str]) -> list[str]:
     for name, stage in stages.items():
         for item in sorted(names[name]) if "matrix" in stage else [""]:
             full = f"{name}@{item}" if item else name
-
-            def resolve(path: str, item: str = item) -> str:
-                return path.replace("${item.dataset}", item.partition("-")[0]).replace("${key}", item)
-
-            deps = [resolve(dep) for dep in stage["deps"]]
+            deps = [paths.of_item(dep, item) for dep in stage["deps"]]
             if full in changed or any(_overlap(dep, out) for dep in deps for out in made):
                 found.append(full)
-                outs = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
-                made += [resolve(out if isinstance(out, str) else next(iter(out))) for out in outs]
+                made += [paths.of_item(out, item) for out in paths.outs(stage)]
     return found
 
 

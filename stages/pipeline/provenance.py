@@ -46,9 +46,7 @@ class Tree:
     def read(cls) -> "Tree":
         """The tree in the current folder."""
         stages = params.read_yaml(Path("dvc.yaml"))["stages"]
-        text = _lock()
-        lock = {entry.partition(":\n")[0].strip(): entry for entry in re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:]}
-        return cls({name: stage for name, stage in stages.items() if "matrix" in stage}, lock, params.load())
+        return cls({name: stage for name, stage in stages.items() if "matrix" in stage}, lock_entries(_lock()), params.load())
 
     def recorded(self, stage: str) -> dict[str, Any]:
         """What dvc.lock says of a stage; nothing where it does not know it. Raises UserError where it is damaged."""
@@ -112,7 +110,7 @@ class Tree:
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
             if (entry.get("params") or {}).get("params.yaml") != _params_of(stage, cell, self.params):
                 return False
-            if locked.keys() != {_resolve(dep, cell) for dep in stage["deps"]}:
+            if locked.keys() != {paths.of_item(dep, str(cell)) for dep in stage["deps"]}:
                 return False
             if any(digest != (made.get(path) or md5(Path(path))) for path, digest in locked.items()):
                 return False
@@ -131,6 +129,11 @@ def _lock() -> str:
         raise damaged(LOCK, error) from None
 
 
+def lock_entries(text: str) -> dict[str, str]:
+    """The entries of a dvc.lock, by the name of their stage, as text."""
+    return {entry.partition(":\n")[0].strip(): entry for entry in re.split(r"^(?=  [^\s#])", text, flags=re.MULTILINE)[1:]}
+
+
 def refuse_conflict(content: bytes) -> None:
     """Raises UserError where a dvc.lock holds two texts at once."""
     if re.search(rb"^(<<<<<<<|>>>>>>>) ", content, re.MULTILINE):
@@ -139,15 +142,13 @@ def refuse_conflict(content: bytes) -> None:
 
 def outputs(loaded: params.Params) -> list[str]:
     """The paths of all that the stages of the sweep write, as dvc.yaml names them."""
-    stages = params.read_yaml(Path("dvc.yaml"))["stages"].values()
-    entries = [out for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
-    named = [out if isinstance(out, str) else next(iter(out)) for out in entries]
-    return list(dict.fromkeys(_resolve(out, cell) for cell in loaded.sweep.cells() for out in named))
+    named = [out for stage in params.read_yaml(Path("dvc.yaml"))["stages"].values() for out in paths.outs(stage)]
+    return list(dict.fromkeys(paths.of_item(out, str(cell)) for cell in loaded.sweep.cells() for out in named))
 
 
 def _params_of(stage: dict[str, Any], cell: Cell, loaded: params.Params) -> dict[str, Any]:
     values = loaded.model_dump()
-    return {name: _at(values, name) for name in (_resolve(item, cell) for item in stage["params"])}
+    return {name: _at(values, name) for name in (paths.of_item(item, str(cell)) for item in stage["params"])}
 
 
 def origins() -> dict[str, dict[str, str]]:
@@ -237,10 +238,6 @@ def md5(path: Path) -> str:
 def _decides_no_pixel(name: str) -> bool:
     """Whether a parameter says from where the raw data came, whose digest says what they are, or what they are licensed as."""
     return name.startswith("data.") and name.rpartition(".")[2] in ("path", "url", "drive", "sha256", "licence", "strict")
-
-
-def _resolve(item: str, cell: Cell) -> str:
-    return item.replace("${item.dataset}", cell.dataset).replace("${key}", str(cell))
 
 
 def _at(values: dict[str, Any], dotted: str) -> Any:

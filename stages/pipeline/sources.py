@@ -87,7 +87,7 @@ class Source:
         return bool(md5(raw)) and md5(raw) == before.get("md5")
 
     def remember(self, raw: Path, *, kept: bool = False) -> None:
-        """Remember how the source looked when the fetch began, now that it has succeeded; `kept`: how it looked at the one before."""
+        """Remember how the source looked when the fetch began, now that it has succeeded; or, if `kept`, at the one before."""
         seen = _recall(self.dataset)["seen"] if kept else self.seen
         write_json(_memory(self.dataset), {"way": self.way, "section": self.section, "seen": seen, "md5": md5(raw)})
 

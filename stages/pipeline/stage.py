@@ -47,10 +47,10 @@ def in_one_line(who: str) -> Iterator[None]:
 def run(main: Callable[..., dict[str, Any] | None]) -> None:
     """Run a stage from the command line: `python -m stages.NAME [DATASET | CELL] [--dry-run]`.
 
-    The signature of `main` says what the stage reads. A first parameter `dataset` or `cell` comes from the command line; DVC tells it
-    in DVC_STAGE, where no shell has a part. `data` is that dataset's section of params.yaml; every other parameter is the section
-    of its name, and `a__b` is the key `a.b`. What `main` returns was measured with a clock and goes to metrics/timing, beside
-    seconds, memory and device.
+    The signature of `main` says what the stage reads. A first parameter `dataset` or `cell` comes from the command line, or from
+    DVC, which tells it in DVC_STAGE, where no shell has a part. `data` is that dataset's section of params.yaml; every other
+    parameter is the section of its name, and `a__b` is the key `a.b`. What `main` returns was measured with a clock and goes to
+    metrics/timing, beside seconds, memory and device.
     """
     stage = Path(sys.argv[0]).stem
     wanted = inspect.signature(main).parameters

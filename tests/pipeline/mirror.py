@@ -22,12 +22,11 @@ def record(cell: Cell, *, last: str) -> None:
     entries, made = {}, {}
     tree = provenance.Tree.read()
     for name, stage in tree.stages.items():
-        listed = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
-        outs = [out if isinstance(out, str) else next(iter(out)) for out in listed]
+        outs = paths.outs(stage)
         entry = {"cmd": "", "deps": [], "params": {"params.yaml": provenance._params_of(stage, cell, tree.params)}, "outs": []}
-        for path in (provenance._resolve(dep, cell) for dep in stage["deps"]):
+        for path in (paths.of_item(dep, str(cell)) for dep in stage["deps"]):
             entry["deps"].append({"path": path, "md5": made.get(path) or provenance.md5(Path(path))})
-        for path in (provenance._resolve(out, cell) for out in outs):
+        for path in (paths.of_item(out, str(cell)) for out in outs):
             made[path] = provenance.md5(Path(path)) or "0" * 32 + ".dir"
             entry["outs"].append({"path": path, "md5": made[path]})
         entries[f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}"] = entry
