@@ -85,17 +85,36 @@ class Kill(NamedTuple):
 
 def environment() -> dict[str, str]:
     """That of a user, on one thread, so that the harness can share a small machine."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MAKE", "MLFLOW_", "GIT_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MAKE", "MLFLOW_", "GIT_", "NAQSH_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_CONFIG_GLOBAL": os.devnull}
-    return kept | quiet | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    return kept | quiet | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 
-def call(folder: Path, *command: str) -> str:
+def call(folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command there as a user would. Raises AssertionError, with its output, where it does not end with that code."""
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise AssertionError(f"{command}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+    if done.returncode != code:
+        raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def copy_tree(folder: Path, profile: str) -> None:
+    """A copy of the working tree without its results, with a profile merged, in a repository of its own, committed."""
+    listed = call(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "profiles/small.yaml").write_text(profile)
+    call(folder, sys.executable, "-m", "stages.pipeline.plan", "profile", "small")
+    call(folder, "git", "init", "-q")
+    commit(folder, "Start")
+
+
+def commit(folder: Path, message: str) -> None:
+    call(folder, "git", "add", "-A")
+    call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", message)
 
 
 class Pipeline:
@@ -109,21 +128,9 @@ class Pipeline:
         self.shell = self.temporary / "shell"  # some shells wait for their last command; this one shall
         self.shell.write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n')
         self.shell.chmod(0o755)
-        self._copy()
+        copy_tree(folder, PROFILE)
         self.seconds, self.lasts = self._unbroken()
         self.unbroken = self.digests()
-
-    def _copy(self) -> None:
-        listed = call(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-        for name in filter(None, listed):
-            if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.folder / name)
-        (self.folder / "profiles/kills.yaml").write_text(PROFILE)
-        call(self.folder, sys.executable, "-m", "stages.pipeline.plan", "profile", "kills")
-        call(self.folder, "git", "init", "-q")
-        call(self.folder, "git", "add", "-A")
-        call(self.folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "Start")
 
     def _unbroken(self) -> tuple[float, dict[str, float]]:
         """Seconds of a run without a kill, and of each place in it; of a stage also those in which it is a process already."""
@@ -197,7 +204,7 @@ class Pipeline:
         for pattern in ("**/*.partial*", "**/.*.files", ".state/checkpoints/*", ".state/scratch/*", "mlflow.db.broken*"):
             found += [f"left over: {path.relative_to(self.folder)}" for path in self.folder.glob(pattern)]
         found += [f"left over: {path}" for path in self.temporary.glob("naqsh-*")]
-        if (status := call(self.folder, "dvc", "status", "--json").strip()) != "{}":
+        if (status := call(self.folder, "dvc", "status", "--json").stdout.strip()) != "{}":
             found.append(f"dvc status: {status}")
         return found + self._faults_in_mlflow() + self.left(0)
 

@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -17,35 +15,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from benchmarks.kills import CELL, PROFILE, call, commit, copy_tree, environment
 from stages.pipeline import params, paths, tracking
 
-ROOT = Path(__file__).parents[1]
-CELL = "persian_glyphs-cosine-8-0"
-
-TINY = """\
-sweep: {datasets: [persian_glyphs], schedules: [cosine], timesteps: [8], seeds: [0]}
-data:
-  persian_glyphs: {size: 16, train_images: 128, test_images: 64}
-extractor: {images: 64, batch: 32}
-network: {channel_mult: [1, 2]}
-train: {images: 128, longer: {persian_glyphs: 1}, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 4}
-sample: {images: 64, ancestral_images: 8, snapshot_images: 32, chunk: 32, fast: {steps: 2}}
-evaluate: {images: 32, draws: 2, min_scored: 32}
-"""
-
-
-def environment() -> dict[str, str]:
-    """That of a user, on one thread."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "NAQSH_"))}
-    env = kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", "GIT_CONFIG_GLOBAL": os.devnull}
-
-
-def call(folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command there as a user would; its output where it does not end as it should."""
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
+TINY = PROFILE.replace("images: 2400", "images: 128")  # eight steps of training
 
 
 def repro(folder: Path, *options: str) -> str:
@@ -101,22 +74,9 @@ def contents(folder: Path) -> list[tuple[object, ...]]:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A committed copy of the working tree after its first run."""
     folder = tmp_path_factory.mktemp("work tree") / "naqsh"  # a path with a space
-    listed = call(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    (folder / "profiles/tiny.yaml").write_text(TINY)
-    call(folder, sys.executable, "-m", "stages.pipeline.plan", "profile", "tiny")
-    call(folder, "git", "init", "-q")
-    commit(folder, "Start")
+    copy_tree(folder, TINY)
     repro(folder)
     return folder
-
-
-def commit(folder: Path, message: str) -> None:
-    call(folder, "git", "add", "-A")
-    call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", message)
 
 
 def test_first_run_makes_everything(tree: Path) -> None:
@@ -228,9 +188,8 @@ def test_going_back_to_a_value_to_code_and_to_data_runs_nothing_again(tree: Path
 
 def test_a_cell_whose_parameters_change_while_it_trains_is_not_recorded_and_goes_on_when_they_are_taken_back(tree: Path) -> None:
     longer = ("params.yaml", "  images: 128 ", "  images: 3200 ")
-    faster = ("params.yaml", "checkpoint_seconds: 15", "checkpoint_seconds: 0.2")
     state = tree / ".state/checkpoints"
-    with edited(tree, longer, faster):
+    with edited(tree, longer):
         with subprocess.Popen(
             ["dvc", "repro", f"train@{CELL}"],
             cwd=tree,
