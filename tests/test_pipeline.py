@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -241,6 +242,8 @@ def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
             assert f"data.letters.path = {place} {says}" in call(tree, "dvc", "repro", "fetch@letters", code=255).stderr
         assert len(list(pictures.rglob("*.png"))) == 8
     call(tree, "git", "checkout", "-q", ".")
+    for path in (*tree.glob("data/*/letters*"), *tree.glob("metrics/timing/*/letters.json")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_a_failed_cell_shows_no_score_of_before(tree: Path) -> None:

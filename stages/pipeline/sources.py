@@ -136,6 +136,9 @@ def scratch(name: str) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
+    except OSError as error:
+        error.filename = error.filename or str(folder)  # a full disk does not say which file it is about
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
