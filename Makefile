@@ -16,7 +16,7 @@ help: ## this list
 	@echo "TORCH=cpu with the first of them installs a small torch without CUDA; VENV=path uses another environment."
 
 repro: $(VENV)/.installed ## make every result that is missing or out of date, record it in MLflow, print the comparison
-	@$(ENTER) exec python -m stages.pipeline.repro
+	@$(ENTER) exec python -m stages.sweep.runner
 
 test: $(VENV)/.installed-dev ## the quick tests
 	@$(ENTER) pytest
@@ -28,13 +28,13 @@ lint: $(VENV)/.installed-dev ## style and types
 	@$(ENTER) ruff check && ruff format --check && mypy
 
 ui: $(VENV)/.installed ## bring MLflow up to date and open its UI on 127.0.0.1:PORT
-	@$(ENTER) python -m stages.pipeline.tracking ui --port $(PORT)
+	@$(ENTER) python -m stages.tracking ui --port $(PORT)
 
 sync: $(VENV)/.installed ## bring MLflow up to date with the files
-	@$(ENTER) python -m stages.pipeline.tracking
+	@$(ENTER) python -m stages.tracking
 
 profile: $(VENV)/.installed ## merge profiles/NAME.yaml into params.yaml: make profile NAME=gpu
-	@$(ENTER) python -m stages.pipeline.plan profile "$(NAME)"
+	@$(ENTER) python -m stages.sweep.plan profile "$(NAME)"
 
 experiments: $(VENV)/.installed ## the experiments of `dvc exp run`, each with what it changed and its scores
 	@$(ENTER) dvc exp show --only-changed --no-pager --drop '^(data|models|samples|stages|metrics/(evaluate|reference|timing|train))'
@@ -46,7 +46,7 @@ bench: $(VENV)/.installed-dev ## the short benchmarks, a JSON line each: speed b
 	@$(ENTER) python benchmarks/speed.py && python benchmarks/fixed_cost.py
 
 prune: $(VENV)/.installed ## list the files of cells that are no longer in the sweep; YES=1 removes them
-	@$(ENTER) python -m stages.pipeline.plan prune $(if $(YES),--yes)
+	@$(ENTER) python -m stages.sweep.plan prune $(if $(YES),--yes)
 
 lock: ## write constraints.txt anew, from the newest versions that work together
 	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/pip install -q ".[dev]" && \

@@ -55,7 +55,7 @@ def main() -> None:
 def dvc(*targets: str) -> float:
     """Seconds that `dvc repro` of some stages takes."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "stages.pipeline.warm", "dvc", "repro", "-q", *targets], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "stages.sweep.warm", "dvc", "repro", "-q", *targets], check=True, stdout=sys.stderr)
     return round(time.perf_counter() - start, 1)
 
 

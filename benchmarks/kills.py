@@ -33,7 +33,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from stages.pipeline.warm import is_alive  # noqa: E402
+from stages.pipeline.processes import is_alive  # noqa: E402
 
 CELL = "persian_glyphs-cosine-8-0"
 PROFILE = """\
@@ -107,7 +107,7 @@ def copy_tree(folder: Path, profile: str) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / "profiles/small.yaml").write_text(profile)
-    call(folder, sys.executable, "-m", "stages.pipeline.plan", "profile", "small")
+    call(folder, sys.executable, "-m", "stages.sweep.plan", "profile", "small")
     call(folder, "git", "init", "-q")
     commit(folder, "Start")
 
@@ -319,12 +319,12 @@ def _as_in_a_terminal() -> None:
 def _role(process: psutil.Process) -> str:
     """The name in CHAIN of a process."""
     command = " ".join(process.cmdline())
-    if "stages.pipeline.warm" in command:
+    if "stages.sweep.warm" in command:
         above = process.parent()
-        return "stage" if above and "stages.pipeline.warm" in " ".join(above.cmdline()) else "warm"
+        return "stage" if above and "stages.sweep.warm" in " ".join(above.cmdline()) else "warm"
     if process.name() == "make":
         return "make"
-    signs = {"stages.pipeline.repro": "runner", "-c python -m stages.": "shell", "-m stages.": "asker", "-m dvc repro": "dvc"}
+    signs = {"stages.sweep.runner": "runner", "-c python -m stages.": "shell", "-m stages.": "asker", "-m dvc repro": "dvc"}
     return next((role for sign, role in signs.items() if sign in command), "other")
 
 

@@ -26,11 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import speed  # noqa: E402
 from stages.datasets.images import to_float, to_uint8  # noqa: E402
+from stages.drawing.weights import load_tensors  # noqa: E402
 from stages.evaluate import score_set  # noqa: E402
 from stages.fidelity.frechet import Gaussian  # noqa: E402
 from stages.pipeline import params, paths  # noqa: E402
-from stages.pipeline.checkpoint import load_classifier, load_tensors  # noqa: E402
-from stages.pipeline.stage import read_json  # noqa: E402
+from stages.pipeline.checkpoint import load_classifier  # noqa: E402
+from stages.pipeline.files import read_json  # noqa: E402
 
 DATASET = "mnist"
 SCORES = ("fid", "precision", "recall", "accuracy", "confident")

@@ -20,11 +20,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from stages.drawing.weights import load_tensors  # noqa: E402
 from stages.evaluate import score_set  # noqa: E402
 from stages.fidelity.frechet import Gaussian  # noqa: E402
 from stages.pipeline import figures, params, paths  # noqa: E402
-from stages.pipeline.checkpoint import load_classifier, load_tensors  # noqa: E402
-from stages.pipeline.stage import read_json  # noqa: E402
+from stages.pipeline.checkpoint import load_classifier  # noqa: E402
+from stages.pipeline.files import read_json  # noqa: E402
 from stages.sample import Chain, How, class_counts, class_sequence  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)

@@ -12,10 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from stages.pipeline import figures, params, paths, results, tracking
+from stages.pipeline import figures, params, paths
 from stages.pipeline.figures import Line
+from stages.pipeline.files import read_json, whole_file, whole_files, write_json
 from stages.pipeline.params import Cell
-from stages.pipeline.stage import read_json, run, whole_file, whole_files, write_json
+from stages.pipeline.stage import run
+from stages.tracking import results
+from stages.tracking.mirror import Compared
 
 METRICS = Path("metrics")
 HEADLINE = ("fid", "confident_ratio")
@@ -40,7 +43,6 @@ def main(sweep: params.Sweep) -> None:
         temporary.write_text(_report(sweep, rows, synthetic), encoding="utf-8")
 
     print(f"Table and pictures: {METRICS / 'report.md'}")
-    tracking.sync()
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -199,4 +201,4 @@ _FIGURES = {
 }
 
 if __name__ == "__main__":
-    run(main)
+    run(main, Compared)

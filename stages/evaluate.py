@@ -1,4 +1,4 @@
-"""Score the samples and the network of a cell; publish the cell to MLflow.
+"""Score the samples and the network of a cell.
 
 Reads samples/CELL, the final weights, the test split, the extractor and the reference; writes metrics/evaluate/CELL.json.
 Beside the two sets also those of the averages at each quarter of the last phase of training: would training longer pay?
@@ -13,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages import UserError
 from stages.datasets.images import to_float
 from stages.diffusion.likelihood import decoder_nll, prior_kl, step_chances, step_kl
 from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample, x0_and_eps
 from stages.diffusion.schedules import noise_levels
+from stages.drawing.weights import load_network, load_tensors
+from stages.errors import UserError
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
 from stages.fidelity.frechet import Gaussian, fid
 from stages.fidelity.manifold import precision_recall
 from stages.networks.classifier import CHUNK, Classifier, classify
 from stages.networks.unet import UNet
-from stages.pipeline import params, paths, tracking
-from stages.pipeline.checkpoint import load_classifier, load_network, load_tensors
-from stages.pipeline.stage import progress, read_json, run, write_json
+from stages.pipeline import params, paths
+from stages.pipeline.checkpoint import load_classifier
+from stages.pipeline.files import read_json, write_json
+from stages.pipeline.stage import progress, run
+from stages.tracking.mirror import Scored
 
 LOSS_CHUNK = 256  # images at a time, for the network and for the likelihood
 
@@ -33,7 +36,7 @@ Score = dict[str, float | None]
 
 
 def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
-    """Score both sets, measure the losses, write, publish."""
+    """Score both sets, measure the losses, write."""
     classifier = load_classifier(paths.extractor(cell.dataset))
     reference, about = load_tensors(paths.reference(cell.dataset))
     real = Gaussian(reference["mean"].numpy(), reference["cov"].numpy(), about["images"])
@@ -53,7 +56,6 @@ def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
     ]
     scores |= measure_losses(cell, evaluate)
     write_json(paths.scores("evaluate", str(cell)), scores)
-    tracking.publish(cell)
 
 
 def score_set(
@@ -193,4 +195,4 @@ def _score(value: float, error: float | None, floor: float | None) -> Score:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, Scored)

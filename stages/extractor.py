@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages import UserError
 from stages.datasets.images import to_float
+from stages.drawing.weights import device, load_tensors
+from stages.errors import UserError
 from stages.fidelity.agreement import accuracy
 from stages.networks.classifier import CHUNK, FEATURES, Classifier, classify, shift
 from stages.pipeline import params, paths
-from stages.pipeline.checkpoint import device, load_tensors, save_tensors
-from stages.pipeline.stage import progress, run, write_json
+from stages.pipeline.checkpoint import save_tensors
+from stages.pipeline.files import write_json
+from stages.pipeline.stage import progress, run
 
 TURNS = 4  # ways to turn an image by right angles
 

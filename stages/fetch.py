@@ -1,8 +1,10 @@
 """Bring the raw files of a dataset here: writes data/raw/NAME.fetched.zip. `python -m stages.fetch mnist`."""
 
-from stages import UserError
 from stages.datasets import readers
-from stages.pipeline import params, paths, sources, stage
+from stages.errors import UserError
+from stages.pipeline import params, paths, sources
+from stages.pipeline.files import write_archive
+from stages.pipeline.stage import run
 
 
 def main(dataset: str, data: params.DataSection) -> None:
@@ -20,7 +22,7 @@ def main(dataset: str, data: params.DataSection) -> None:
     try:
         with sources.scratch(f"fetch-{dataset}") as folder:
             readers.fetch(folder, options)
-            stage.write_archive(raw, folder)
+            write_archive(raw, folder)
     except UserError as error:
         sources.bring_back(raw)
         raise UserError(f"data.{dataset}: {error}") from None
@@ -31,4 +33,4 @@ def main(dataset: str, data: params.DataSection) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

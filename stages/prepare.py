@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages import UserError
 from stages.datasets import readers
 from stages.datasets.images import to_float, to_uint8
 from stages.diffusion.process import q_sample
 from stages.diffusion.schedules import SCHEDULES
-from stages.pipeline import figures, params, paths, sources, stage
+from stages.errors import UserError
+from stages.pipeline import grids, params, paths, sources
 from stages.pipeline.checkpoint import save_tensors
+from stages.pipeline.files import whole_files, write_json
+from stages.pipeline.stage import run
 
 EXAMPLES = 10  # images of each class in samples.png, and noise levels in noising.png
 CHUNK = 4096  # images whose pixels are counted at a time
@@ -54,13 +56,13 @@ def main(dataset: str, data: params.DataSection) -> None:
     splits = {"train": {"images": train, "labels": y_train}, "test": {"images": test, "labels": y_test}}
     if found.sources:
         splits["train"]["sources"], splits["test"]["sources"] = found.sources
-    with stage.whole_files(paths.prepared(dataset)) as folder:
+    with whole_files(paths.prepared(dataset)) as folder:
         for name, tensors in splits.items():
             save_tensors(folder / f"{name}.safetensors", tensors, class_names=found.class_names)
-        stage.write_json(folder / "dataset.json", about)
-    with stage.whole_files(paths.data_figures(dataset)) as folder:
-        figures.save_png(folder / "samples.png", samples(train, y_train, classes))
-        figures.save_png(folder / "noising.png", noising(train[0]))
+        write_json(folder / "dataset.json", about)
+    with whole_files(paths.data_figures(dataset)) as folder:
+        grids.save_png(folder / "samples.png", samples(train, y_train, classes))
+        grids.save_png(folder / "noising.png", noising(train[0]))
 
 
 def mean_and_std(images: Tensor) -> tuple[float, float]:
@@ -72,7 +74,7 @@ def mean_and_std(images: Tensor) -> tuple[float, float]:
     return mean.item(), (share * (values - mean) ** 2).sum().sqrt().item()
 
 
-def samples(images: Tensor, labels: Tensor, classes: int) -> figures.Pixels:
+def samples(images: Tensor, labels: Tensor, classes: int) -> grids.Pixels:
     """A row of ten images per class, in the order of the class names; two or more classes side by side where there are many."""
     height = images.shape[-1] + 1
     picked = torch.full((classes, EXAMPLES, *images.shape[1:]), 128, dtype=torch.uint8)
@@ -81,10 +83,10 @@ def samples(images: Tensor, labels: Tensor, classes: int) -> figures.Pixels:
         picked[y, : len(found)] = found
     side_by_side = -(-classes * height // TALLEST)
     scale = max(1, TALLEST // 2 // (-(-classes // side_by_side) * height))
-    return figures.grid(picked.flatten(0, 1).numpy(), EXAMPLES * side_by_side, scale=scale)
+    return grids.grid(picked.flatten(0, 1).numpy(), EXAMPLES * side_by_side, scale=scale)
 
 
-def noising(image: Tensor) -> figures.Pixels:
+def noising(image: Tensor) -> grids.Pixels:
     """One image, (1, H, W) uint8, at ten t of 1000: a row per schedule, the same noise in all, pixels in their true range."""
     T = 1000
     t = torch.linspace(0, T - 1, EXAMPLES).round().long()
@@ -92,7 +94,7 @@ def noising(image: Tensor) -> figures.Pixels:
     x0 = to_float(image).expand(EXAMPLES, *image.shape)
     rows = [to_uint8(q_sample(x0, torch.from_numpy(alpha_bar(T))[t], eps)) for alpha_bar in SCHEDULES.values()]
     scale = max(1, 96 // image.shape[-1])
-    return figures.labelled(torch.cat(rows).numpy(), list(SCHEDULES), [f"t = {step}" for step in t.tolist()], scale=scale)
+    return grids.labelled(torch.cat(rows).numpy(), list(SCHEDULES), [f"t = {step}" for step in t.tolist()], scale=scale)
 
 
 def _sha256(path: Path) -> str:
@@ -101,4 +103,4 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -7,15 +7,17 @@ Run: python -m stages.reference DATASET
 import numpy as np
 import torch
 
-from stages import UserError
 from stages.datasets.images import balanced_order, to_float
+from stages.drawing.weights import load_tensors
+from stages.errors import UserError
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
 from stages.fidelity.frechet import fit_gaussian, frechet_distance
 from stages.fidelity.manifold import precision_recall
 from stages.networks.classifier import CHUNK, classify
 from stages.pipeline import paths
-from stages.pipeline.checkpoint import load_classifier, load_tensors, save_tensors
-from stages.pipeline.stage import progress, run, write_json
+from stages.pipeline.checkpoint import load_classifier, save_tensors
+from stages.pipeline.files import write_json
+from stages.pipeline.stage import progress, run
 
 DRAWS = 10  # disjoint sets of N train images at most; each is measured as if it were a set of samples
 

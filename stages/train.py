@@ -22,17 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages import UserError
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion import process
 from stages.diffusion.schedules import noise_levels
+from stages.drawing.weights import load_tensors
+from stages.errors import UserError
 from stages.networks import ema
 from stages.networks.balance import Balance
 from stages.networks.muon import Muon
 from stages.networks.unet import UNet
-from stages.pipeline import checkpoint, figures, params, paths, tracking
+from stages.pipeline import checkpoint, grids, params, paths
+from stages.pipeline.files import sha256, whole_file, whole_files, whole_folder, write_archive
 from stages.pipeline.preview import preview
-from stages.pipeline.stage import peak_memory, progress, run, whole_file, whole_files, whole_folder, write_archive
+from stages.pipeline.stage import Listener, peak_memory, progress, run
+from stages.tracking.live import Followed
 
 Errors = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(net, x0, y, t, eps) -> (B,) mean squared errors of what the network predicts, by fixed weights where there are such."""
@@ -58,7 +61,12 @@ class Phase(NamedTuple):
 
 
 def main(
-    cell: params.Cell, diffusion: params.Diffusion, network: params.Network, train: params.Train, runtime: params.Runtime
+    cell: params.Cell,
+    diffusion: params.Diffusion,
+    network: params.Network,
+    train: params.Train,
+    runtime: params.Runtime,
+    listener: Listener,
 ) -> dict[str, Any]:
     """Train with the whole split resident as one uint8 tensor; the randomness of a step is a function of (seed, step).
 
@@ -97,7 +105,7 @@ def main(
 
     # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
     names = _fingerprints(cell.dataset, f"{schedule}-{T}-{cell.seed}", diffusion, network, train)
-    with checkpoint.unfinished(names[-1]) as work, tracking.Live(cell) as live:
+    with checkpoint.unfinished(names[-1]) as work:
         losses, so_far = _restore(work, names, names if train.shared else names[:-1], modules, optimizers)
         previews, files = work / "weights" / "previews", so_far["files"]
         taken = train.shared and so_far["step"] == last.end
@@ -148,11 +156,11 @@ def main(
                     losses.clear()
                     picture = previews / f"{len(curve):08d}.png"  # by report, for trainings of any length to lie side by side
                     _draw(picture, preview(net_ema, size, diffusion.prediction, alpha_bar), files)
-                    live.report(curve[-1] | clock[-1], picture, step / last.end, (last.end - step) * train.batch / rate)
+                    listener.point(curve[-1] | clock[-1], picture, step / last.end, (last.end - step) * train.batch / rate)
                 if step in snapshot_at:
                     file = work / "weights" / f"{snapshot_at[step]}.safetensors"
                     checkpoint.save_tensors(file, net_ema.state_dict(), **about, images=step * train.batch)
-                    files[file.name] = checkpoint.sha256(file)
+                    files[file.name] = sha256(file)
                 marked, started = step, time.perf_counter()
             if step == phase.end or time.perf_counter() - saved >= runtime.checkpoint_seconds:
                 so_far = {"step": step, "curve": curve, "clock": clock, "seconds": seconds + time.perf_counter() - started}
@@ -176,10 +184,10 @@ def _phases(train: params.Train) -> list[Phase]:
     return [Phase(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _draw(picture: Path, pixels: figures.Pixels, files: dict[str, str]) -> None:
+def _draw(picture: Path, pixels: grids.Pixels, files: dict[str, str]) -> None:
     """Write a preview, and put its SHA-256 into `files`."""
-    figures.save_png(picture, pixels)
-    files[f"{picture.parent.name}/{picture.name}"] = checkpoint.sha256(picture)
+    grids.save_png(picture, pixels)
+    files[f"{picture.parent.name}/{picture.name}"] = sha256(picture)
 
 
 def _keep(work: Path, phases: list[Phase], names: list[str], step: int, train: params.Train) -> None:
@@ -283,7 +291,7 @@ def _split(cell: params.Cell, held_out: int, device: torch.device) -> tuple[Tens
     Held out is of every class its share, the same in every cell.
     """
     path = paths.prepared(cell.dataset) / "train.safetensors"
-    split, about = checkpoint.load_tensors(path)
+    split, about = load_tensors(path)
     images, labels = split["images"].to(device), split["labels"].to(device)
     if held_out >= len(images):
         raise UserError(f"train.validation_images = {held_out} must be less than the {len(images)} images of {path}")
@@ -343,4 +351,4 @@ def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, Followed)

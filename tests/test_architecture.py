@@ -12,7 +12,7 @@ from stages.pipeline import params, paths
 
 ROOT = Path(__file__).parents[1]
 SCIENCE = ("diffusion", "networks", "datasets", "fidelity")
-MLFLOW = {"stages/pipeline/tracking.py", "stages/pipeline/store.py"}
+MLFLOW = {"stages/tracking/mirror.py", "stages/pipeline/store.py"}
 YAML_READERS = {"ruamel", "yaml"}
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "stages").rglob("*.py"))}
 GRAPH = params.read_yaml(ROOT / "dvc.yaml")["stages"]
@@ -194,8 +194,8 @@ def test_data_deps_are_made_by_an_earlier_stage() -> None:
     ("statement", "heavy"),
     [
         ("import stages.compare", "torch"),
-        ("import stages.pipeline.plan", "torch"),
-        ("import stages.pipeline.tracking", "mlflow"),
+        ("import stages.sweep.plan", "torch"),
+        ("import stages.tracking", "mlflow"),
         ("import stages.evaluate", "matplotlib"),
         ("from stages import train; train._set_kernels(deterministic=False)", "torch._inductor"),
     ],

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages import UserError, evaluate, extractor, reference
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion.likelihood import step_kl
 from stages.diffusion.process import alpha_bar_of, logsnr
 from stages.diffusion.schedules import SCHEDULES, noise_levels
+from stages.drawing.weights import load_network, load_tensors
+from stages.errors import UserError, evaluate, extractor, reference
 from stages.fidelity.frechet import Gaussian
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths
-from stages.pipeline.checkpoint import load_classifier, load_network, load_tensors, save_tensors
-from stages.pipeline.stage import read_json
+from stages.pipeline.checkpoint import load_classifier, save_tensors
+from stages.pipeline.files import read_json
 
 SIZE, CLASSES, N = 16, 3, 200
 EXTRACTOR = params.Extractor(images=1600, batch=32, lr=3e-3, seed=0)

@@ -17,7 +17,8 @@ from mlflow.entities import Run
 from PIL import Image
 
 from benchmarks.kills import CELL, PROFILE, call, commit, copy_tree, environment
-from stages.pipeline import params, paths, tracking
+from stages.pipeline import params, paths
+from stages.tracking import mirror
 
 TINY = PROFILE.replace("images: 2400", "images: 128")  # eight steps of training
 
@@ -102,7 +103,7 @@ def test_a_lock_that_was_cut_off_costs_no_training(tree: Path, share: float) -> 
     lock, results = tree / "dvc.lock", [tree / f"models/cells/{CELL}/ema.safetensors", tree / f"metrics/evaluate/{CELL}.json"]
     whole, before = lock.read_bytes(), [path.read_bytes() for path in results]
     lock.write_bytes(whole[: whole.index(b"hash: ", len(whole) // 2) + len("hash:")] if share else b"")  # in the middle of a line
-    assert "mended" in call(tree, sys.executable, "-m", "stages.pipeline.plan", "plan").stderr
+    assert "mended" in call(tree, sys.executable, "-m", "stages.sweep.plan", "plan").stderr
     said = repro(tree)
     assert f"Stage 'train@{CELL}' is cached - skipping run" in said
     assert "Running stage" not in said
@@ -143,10 +144,10 @@ def test_second_sync_adds_nothing_and_committed_results_are_found(tree: Path, mo
     monkeypatch.chdir(tree)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = contents(tree)
-    assert tracking.sync()
+    assert mirror.sync()
     assert contents(tree) == before
     commit(tree, "Results")
-    assert tracking.sync()
+    assert mirror.sync()
     (run,) = runs(tree)
     assert run.data.tags["results_commit"] == call(tree, "git", "rev-parse", "HEAD").stdout.strip()
     assert f"git checkout {run.data.tags['results_commit']}" in run.data.tags["results_restore"]
@@ -158,7 +159,7 @@ def test_second_sync_adds_nothing_and_committed_results_are_found(tree: Path, mo
         ("stages/fidelity/frechet.py", {"reference@persian_glyphs", f"evaluate@{CELL}"}),
         ("stages/networks/unet.py", {f"train@{CELL}", f"sample@{CELL}", f"evaluate@{CELL}"}),
         ("stages/diffusion/samplers.py", {f"sample@{CELL}"}),
-        ("stages/pipeline/tracking.py", set()),
+        ("stages/tracking/mirror.py", set()),
     ],
 )
 def test_a_changed_file_reruns_what_depends_on_it(tree: Path, path: str, reruns: set[str]) -> None:
@@ -236,7 +237,7 @@ def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
     assert len(list(pictures.rglob("*.png"))) == 8
     for place, says in (("data", "contains"), ("data/raw/letters.fetched.zip", "is")):
         with edited(tree, sweep, ("params.yaml", "data:\n", f"data:\n{section.replace('PLACE', place)}\n")):
-            refused = call(tree, sys.executable, "-m", "stages.pipeline.repro", code=1)
+            refused = call(tree, sys.executable, "-m", "stages.sweep.runner", code=1)
             assert f"repro: data.letters.path = {place} {says} data/raw/letters.fetched.zip, which a stage writes" in refused.stderr
             assert "Running" not in refused.stdout
             assert f"data.letters.path = {place} {says}" in call(tree, "dvc", "repro", "fetch@letters", code=255).stderr
@@ -247,10 +248,10 @@ def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
 
 
 def test_a_failed_cell_shows_no_score_of_before(tree: Path) -> None:
-    before = call(tree, sys.executable, "-m", "stages.pipeline.plan", "table").stdout
+    before = call(tree, sys.executable, "-m", "stages.sweep.plan", "table").stdout
     assert before.count(CELL) == 1
     with edited(tree, ("params.yaml", "lr: 1.8e-2", "lr: 1.0e+6")):
-        failed = call(tree, sys.executable, "-m", "stages.pipeline.repro", code=255)
+        failed = call(tree, sys.executable, "-m", "stages.sweep.runner", code=255)
     assert f"Without results of the present code, parameters and data: {CELL}" in failed.stdout
     assert "FID" not in failed.stdout
     repro(tree)

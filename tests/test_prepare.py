@@ -13,9 +13,9 @@ from stages.datasets import glyphs, mnist, readers
 from stages.datasets.images import to_float
 from stages.datasets.readers import READERS
 from stages.diffusion.schedules import SCHEDULES
-from stages.pipeline import params, paths, stage
-from stages.pipeline.checkpoint import load_tensors
-from stages.pipeline.stage import read_json
+from stages.drawing.weights import load_tensors
+from stages.pipeline import files, params, paths
+from stages.pipeline.files import read_json
 
 LOOK = {"licence": "mine", "size": 16, "invert": False, "pad": True, "test_share": 0.5, "seed": 0, "strict": False}
 SECTIONS: dict[str, params.DataSection] = {
@@ -69,14 +69,14 @@ def reader(request, tmp_path, monkeypatch) -> str:
             (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 9, n)))  # no nine
         table = {file.name: mnist.Published(file.stat().st_size, digest(file)) for file in raw.iterdir()}
         monkeypatch.setattr(mnist, "FILES", table)
-        stage.write_archive(paths.raw(request.param), raw)
+        files.write_archive(paths.raw(request.param), raw)
         return request.param
     pictures(tmp_path / "archive", "below/{label}.{i}.png")
     pictures(tmp_path / "folder", "{label}/{i}.png")
     (tmp_path / "hoda").mkdir()
     (tmp_path / "hoda/some.cdb").write_bytes(cdb(60))
     readers.fetch(raw, SECTIONS[request.param].model_dump())
-    stage.write_archive(paths.raw(request.param), raw)
+    files.write_archive(paths.raw(request.param), raw)
     return request.param
 
 

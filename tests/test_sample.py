@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import UserError, sample
 from stages.diffusion.process import logsnr
+from stages.drawing import weights
+from stages.errors import UserError, sample
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 
@@ -32,8 +33,8 @@ def save_network(conditional, zero_terminal_snr=False, reference_size=8):
     torch.manual_seed(0)
     network = NETWORK | {"conditional": conditional}
     net = UNet(size=8, num_classes=3, **network)
-    for weights in net.parameters():
-        torch.nn.init.normal_(weights, std=0.2)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     diffusion = {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": zero_terminal_snr}
     about = {"images": 64, "size": 8, "num_classes": 3, "network": network, "diffusion": diffusion}
     for name in ("ema-25", "ema-50", "ema-75", "ema"):
@@ -41,7 +42,7 @@ def save_network(conditional, zero_terminal_snr=False, reference_size=8):
 
 
 def drawn(name):
-    return checkpoint.load_tensors(paths.samples(str(CELL)) / f"{name}.safetensors")
+    return weights.load_tensors(paths.samples(str(CELL)) / f"{name}.safetensors")
 
 
 def test_writes_both_sets_a_grid_and_an_animation(options):

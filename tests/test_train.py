@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages import UserError, train
 from stages.diffusion.schedules import SCHEDULES
-from stages.pipeline import checkpoint, params, paths, tracking
+from stages.drawing import weights
+from stages.errors import UserError, train
+from stages.pipeline import checkpoint, params, paths
+from stages.tracking import mirror
 
 CELL = params.Cell("toy", "cosine", 8, 3)
 
@@ -25,7 +27,7 @@ CELL = params.Cell("toy", "cosine", 8, 3)
 def sections(tmp_path, monkeypatch):
     """A toy dataset in an empty folder, and sections small enough to train on it in a second."""
     monkeypatch.chdir(tmp_path)
-    live = Mock(spec=tracking.Live, __enter__=Mock(), __exit__=Mock(return_value=None))
+    live = Mock(spec=mirror.Live, __enter__=Mock(), __exit__=Mock(return_value=None))
     monkeypatch.setattr(train.tracking, "Live", lambda cell: live)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (48, 1, 8, 8), generator=rng, dtype=torch.uint8)
@@ -89,7 +91,7 @@ def bits(folder):
 
 def learnt_weights(cell, name="ema"):
     """The tensors without the description that travels with them, which names the settings."""
-    return checkpoint.load_tensors(paths.weights(str(cell)) / f"{name}.safetensors")[0]
+    return weights.load_tensors(paths.weights(str(cell)) / f"{name}.safetensors")[0]
 
 
 def differ(one, other):
@@ -109,7 +111,7 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     assert all(0.1 < float(row["train_loss"]) < 3 for row in rows)
     assert measured["images_per_sec"] > 0
     assert [point["step"] for point in measured["by_step"]] == [2, 4, 6, 8]
-    net, about = checkpoint.load_network(folder / "ema.safetensors")
+    net, about = weights.load_network(folder / "ema.safetensors")
     assert about["levels"] == [CELL.schedule, CELL.T]
     assert about["diffusion"]["prediction"] == "v"
     assert not net.training
@@ -262,7 +264,7 @@ def test_the_original_recipe_trains_without_an_average_under_adam(sections):
     options = options.model_copy(update={"optimizer": "adam", "halve_lr_every": 32, "ema_halflife": 0.0, "label_dropout": 0.0})
     network = network.model_copy(update={"conditional": False})
     train.main(CELL, diffusion.model_copy(update={"prediction": "eps"}), network, options, runtime)
-    average, raw = (checkpoint.load_tensors(paths.weights(str(CELL)) / f"{name}.safetensors")[0] for name in ("ema", "raw"))
+    average, raw = (weights.load_tensors(paths.weights(str(CELL)) / f"{name}.safetensors")[0] for name in ("ema", "raw"))
     assert all(torch.equal(average[name], raw[name]) for name in raw)
 
 
@@ -415,7 +417,7 @@ def test_a_state_without_a_hash_or_of_another_shape_is_not_gone_on_from(sections
     unbroken = results()
     killed_at(5)
     (state,) = checkpoint.workspace().glob(".state/checkpoints/*/state.safetensors")
-    tensors, about = checkpoint.load_tensors(state)
+    tensors, about = weights.load_tensors(state)
     save_file(tensors, state, metadata={"about": json.dumps(about)})  # as an earlier version wrote it
     assert killed_at(5) == list(range(1, 5))
     assert "earlier version" in capsys.readouterr().err
@@ -431,7 +433,7 @@ def test_other_settings_data_or_code_start_over(sections, killed_at, monkeypatch
     killed_at(5)
     assert killed_at(3, changed(sections, lr=2e-3)) == [1, 2]
     path = paths.prepared("toy") / "train.safetensors"
-    split, _ = checkpoint.load_tensors(path)
+    split, _ = weights.load_tensors(path)
     checkpoint.save_tensors(path, {"images": split["images"].flip(0), "labels": split["labels"]}, class_names=["a", "b"])
     assert killed_at(3) == [1, 2]
     monkeypatch.setattr(checkpoint, "md5", lambda path: "changed" if path.name == "unet.py" else "same")
@@ -473,7 +475,7 @@ def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_a
         assert bits(paths.weights(str(cell))) == first[0]
         assert paths.loss_curve(str(cell)).read_text() == first[1]
     assert capfd.readouterr().out.count("takes the network that is trained already") == 3
-    _, about = checkpoint.load_network(paths.weights(str(CELL)) / "ema.safetensors")
+    _, about = weights.load_network(paths.weights(str(CELL)) / "ema.safetensors")
     assert about["train"]["shared"]
     assert about["levels"] == list(train.SHARED_LEVELS)
     shutil.rmtree(checkpoint.workspace() / ".state")

@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks import kills
-from stages.pipeline import view
+from stages.tracking import mlflow_forms
 
 pytestmark = pytest.mark.browser
 OTHER = kills.CELL.replace("cosine", "linear_unscaled")
@@ -31,7 +31,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     kills.call(tree, "dvc", "repro")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "stages.pipeline.tracking", "ui", "--port", str(port)]
+    command = [sys.executable, "-m", "stages.tracking", "ui", "--port", str(port)]
     with subprocess.Popen(command, cwd=tree, env=kills.environment(), start_new_session=True) as server:
         try:
             address = f"http://127.0.0.1:{port}"
@@ -91,7 +91,7 @@ def test_a_run_shows_its_previews_by_report(page: Page, ui: str) -> None:
 
 @pytest.mark.usefixtures("screenshots")
 def test_the_link_of_make_ui_shows_scores_pictures_and_losses_side_by_side(page: Page, ui: str) -> None:
-    page.goto(f"{ui}/#/experiments/1/runs?compareRunsMode=CHART&{view.LINK}")
+    page.goto(f"{ui}/#/experiments/1/runs?compareRunsMode=CHART&{mlflow_forms.LINK}")
     for name in ("scores", "pictures", "training"):
         page.get_by_text(name).first.wait_for()
     pictures = page.locator("img[src*='preview%2Bstep%2B8%2B']")  # of the last report

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from stages import UserError
 from stages.datasets import pictures, zips
 from stages.datasets.download import download
 from stages.datasets.splits import Dataset, split
+from stages.errors import UserError
 
 FILE = "archive.zip"
 UNLABELLED = "no integer label before the first dot"

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from stages import UserError
+from stages.errors import UserError
 
 TIMEOUT = 30.0  # seconds without an answer, or without a further byte, after which a server counts as dead
 SLOWEST = 20_000  # bytes per second below which a download counts as stalled

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from stages import UserError
 from stages.datasets import pictures, zips
 from stages.datasets.archive import labelled
 from stages.datasets.splits import Dataset
+from stages.errors import UserError
 
 FILE = "images.zip"
 UNLABELLED = "unlabelled"  # the one class of images that lie in no sub-folder

@@ -23,8 +23,8 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import center_of_mass, distance_transform_edt, label
 from torch import Tensor
 
-from stages import UserError
 from stages.datasets.splits import Dataset, published
+from stages.errors import UserError
 
 LICENCE = "pen strokes of this repository, and fonts under the SIL Open Font License 1.1 and the Bitstream Vera (DejaVu) licence"
 CLASS_NAMES = list("۰۱۲۳۴۵۶۷۸۹ابپتثجچحخدذرزژسشصضطظعغفقکگلمنوهی")

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages import UserError
 from stages.datasets.splits import Dataset, Split, published, split
+from stages.errors import UserError
 
 LICENCE = "free for research, non-commercial; Khosravi & Kabir 2007"
 CLASS_NAMES = list("۰۱۲۳۴۵۶۷۸۹")

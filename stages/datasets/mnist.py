@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages import UserError
 from stages.datasets.splits import Dataset, published
+from stages.errors import UserError
 
 LICENCE = "CC BY-SA 3.0, Yann LeCun and Corinna Cortes"
 CLASS_NAMES = list("0123456789")

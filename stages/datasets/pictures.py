@@ -26,9 +26,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from stages import UserError
 from stages.datasets import zips
 from stages.datasets.splits import to_front
+from stages.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 MEGAPIXELS = 50  # of a picture; a larger one is refused before it is decoded

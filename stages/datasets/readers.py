@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stages import UserError
 from stages.datasets import archive, folder, glyphs, hoda, mnist
 from stages.datasets.splits import Dataset, Split, published
+from stages.errors import UserError
 
 Options = dict[str, Any]
 """A section of params.yaml: data."""

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages import UserError
+from stages.errors import UserError
 
 Split = tuple[Tensor, Tensor]  # images (N, 1, H, W) uint8, labels (N,) int64
 

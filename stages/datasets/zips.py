@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from stages import UserError
+from stages.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # of images, in lower case
 LARGEST = 64 * 2**20  # bytes of an image file; a larger one is refused

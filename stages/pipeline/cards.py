@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from stages.errors import in_one_line
 from stages.pipeline import paths
-from stages.pipeline.stage import in_one_line, read_json, whole_file
+from stages.pipeline.files import read_json, whole_file
 
 PAGE, PICTURES = Path("data/README.md"), Path("docs/data")
 MARK = "<!-- What follows is written by `make cards`. -->\n"

@@ -1,11 +1,10 @@
-"""Weights on disk: safetensors with the parameters that built the network in their metadata; no pickle, ever.
+"""Tensors written whole; unfinished training, which survives any kill; finished ones, for a longer one to go on from.
 
-Also unfinished training, which survives any kill in .state/checkpoints of the original working tree, and the finished ones
-that a longer training goes on from, and cells that share a network, in .state/finished.
+The former lies in .state/checkpoints of the original working tree, the latter in .state/finished, where cells that share a network
+find it too.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages import ChangedError, UserError
+from stages.drawing.weights import device, load_tensors, read_tensors, tensors_sha256
+from stages.errors import ChangedError, UserError, sound
 from stages.networks.classifier import Classifier
-from stages.networks.unet import UNet
-from stages.pipeline.provenance import content_hash, md5, workspace
-from stages.pipeline.stage import Held, alone, check_unchanged, damaged, sound, whole_file, whole_folder
+from stages.pipeline.dvc_forms import workspace
+from stages.pipeline.files import alone, content_hash, md5, sha256, whole_file, whole_folder
+from stages.pipeline.stage import check_unchanged
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
@@ -34,57 +34,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
     """
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     about = json.loads(json.dumps(about))  # as it will be read: with text for keys
-    metadata = {"about": json.dumps([about, _sha256(on_cpu, about)], sort_keys=True)}
+    metadata = {"about": json.dumps([about, tensors_sha256(on_cpu, about)], sort_keys=True)}
     with whole_file(path) as temporary:
         try:
             save_file(on_cpu, temporary, metadata=metadata)
         except SafetensorError as error:  # a full disk, which is an OSError everywhere else
             number = re.search(r"os error (\d+)", str(error))
             raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else error) from None
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, on the CPU, and its metadata. Raises UserError when it is missing or damaged.
-
-    A file of an earlier version has no SHA-256 and is loaded unchecked.
-    """
-    tensors, about, _ = _read(path)
-    return tensors, about
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
-    """The tensors of a file, its metadata, and whether its content was checked against its SHA-256."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {})["about"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-        about, digest = (said, None) if isinstance(said, dict) else said
-        if not isinstance(about, dict) or digest not in (None, _sha256(tensors, about)):
-            raise ValueError("its content is not what was written")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; `dvc repro` makes it") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        raise damaged(path, error) from None
-    return Held(path, tensors), Held(path, about), digest is not None
-
-
-def _sha256(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
-    """SHA-256 of the metadata and of the name, type, shape and bytes of every tensor."""
-    names = sorted(tensors)
-    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
-    hashed = hashlib.sha256(json.dumps([about, described], sort_keys=True).encode())
-    for name in names:
-        hashed.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file; empty when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 def check_files(folder: Path, files: dict[str, str]) -> None:
@@ -98,11 +54,6 @@ def check_files(folder: Path, files: dict[str, str]) -> None:
             raise UserError(f"{folder / name} is damaged (its content is not what was written); run `dvc repro` again")
 
 
-def device() -> torch.device:
-    """The CUDA device when there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def check_bf16(precision: str) -> None:
     """Tell, in one line, that bf16 will crawl on this processor; the precision is a parameter, so it is not changed here."""
     if precision == "bf16" and device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -112,15 +63,6 @@ def check_bf16(precision: str) -> None:
 def device_memory() -> dict[str, int]:
     """Peak memory of the CUDA device in MiB; nothing on a CPU."""
     return {"cuda_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20)} if torch.cuda.is_available() else {}
-
-
-def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
-    """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, ..."""
-    weights, about = load_tensors(path)
-    with sound(path):
-        net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
-        net.load_state_dict(weights)
-    return net.to(device(), memory_format=torch.channels_last).eval(), about  # type: ignore[call-overload]
 
 
 def load_classifier(path: Path) -> Classifier:
@@ -209,7 +151,7 @@ def load_state(
     Raises:
         UserError: the file, or one in weights/, is missing or damaged, or its fingerprint is none of `names`; nothing is set then.
     """
-    tensors, about, checked = _read(path)
+    tensors, about, checked = read_tensors(path)
     if about.get("fingerprint") not in names:
         raise UserError(f"{path} is of another training")
     if not checked:

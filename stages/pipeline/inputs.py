@@ -40,10 +40,10 @@ class Inputs:
 
 def _entries(kind: str) -> list[str]:
     """The deps or the params of this stage by dvc.yaml, resolved; none where DVC runs no stage here."""
-    from stages.pipeline import params, paths
+    from stages.pipeline import dvc_forms, paths, processes
 
-    name, _, item = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
-    stage = params.read_yaml(Path("dvc.yaml"))["stages"].get(name, {}) if name else {}
+    name, item = processes.dvc_stage()
+    stage = dvc_forms.stages().get(name, {}) if name else {}
     return [paths.of_item(entry, item) for entry in stage.get(kind, [])]
 
 

@@ -8,7 +8,7 @@ from stages.diffusion import noise
 from stages.diffusion.process import Prediction
 from stages.diffusion.samplers import ddim, denoiser, spaced
 from stages.networks.unet import UNet
-from stages.pipeline.figures import Pixels, grid
+from stages.pipeline.grids import Pixels, grid
 
 SIDE = 5  # images in a row, and rows
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages import UserError
+from stages.errors import UserError, sound
 from stages.pipeline import params
-from stages.pipeline.provenance import content_hash, md5, outputs, workspace
-from stages.pipeline.stage import read_json, sound, write_json
+from stages.pipeline.dvc_forms import outputs, workspace
+from stages.pipeline.files import content_hash, md5, read_json, write_json
 
 Seen = dict[str, list[Any]]
 """For each path: how many files are there, and a hash of their names, sizes and times."""

@@ -15,9 +15,9 @@ from fuzz import damaged
 from test_pictures import drawn, encoded
 from test_zips import put, zipped
 
-from stages import UserError
 from stages.datasets import archive, pictures
 from stages.datasets.splits import Dataset
+from stages.errors import UserError
 
 NOWHERE = {"path": None, "url": None, "drive": None, "sha256": None}
 READ = {"size": 16, "invert": False, "pad": False, "strict": False, "test_share": 0.25, "seed": 0}

@@ -14,9 +14,9 @@ import gdown
 import pytest
 import requests
 
-from stages import UserError
 from stages.datasets import download as module
 from stages.datasets.download import download
+from stages.errors import UserError
 
 CONTENT = bytes(range(256)) * 5000  # more than two of gdown's chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -10,9 +10,9 @@ from fuzz import damaged
 from test_pictures import GOOD, JPEG, TIFF, drawn, encoded
 from test_zips import put
 
-from stages import UserError
 from stages.datasets import folder, pictures
 from stages.datasets.splits import Dataset
+from stages.errors import UserError
 
 READ = {"size": 16, "invert": False, "pad": False, "strict": False, "test_share": 0.25, "seed": 0}
 

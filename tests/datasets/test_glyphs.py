@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.ndimage import label
 
-from stages import UserError
 from stages.datasets import glyphs
 from stages.datasets.images import to_float
+from stages.errors import UserError
 from stages.extractor import fit
 from stages.networks.classifier import CHUNK, classify
 from stages.pipeline.params import Extractor

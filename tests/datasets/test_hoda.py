@@ -13,9 +13,9 @@ import torch
 from fuzz import damaged
 from numpy.typing import NDArray
 
-from stages import UserError
 from stages.datasets import hoda
 from stages.datasets.hoda import HEIGHT, TYPICAL, Ink, decode, digits, place
+from stages.errors import UserError
 
 OPTIONS: dict[str, Any] = {"test_share": 0.3, "seed": 0, "path": None}
 

@@ -14,8 +14,8 @@ import pytest
 from fuzz import damaged
 from torchvision.datasets import MNIST
 
-from stages import UserError
 from stages.datasets import mnist
+from stages.errors import UserError
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 

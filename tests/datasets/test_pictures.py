@@ -18,9 +18,9 @@ from fuzz import damaged
 from PIL import Image
 from test_zips import CRC, SIZE, listed, patched, zipped
 
-from stages import UserError
 from stages.datasets import pictures, zips
 from stages.datasets.pictures import Pixels, Unreadable, decode
+from stages.errors import UserError
 
 PLAIN = {"size": 8, "invert": False, "pad": False}
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import UserError
 from stages.datasets import readers
 from stages.datasets.readers import READERS
+from stages.errors import UserError
 
 PICTURES = {"licence": "mine", "size": 8, "invert": False, "pad": False, "test_share": 0.5, "seed": 0, "strict": False}
 

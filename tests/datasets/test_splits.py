@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages import UserError
 from stages.datasets.splits import published, split
+from stages.errors import UserError
 
 NAMES = ["a", "b", "c"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from fuzz import damaged
 
-from stages import UserError
 from stages.datasets import zips
+from stages.errors import UserError
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 FLAGS, METHOD, CRC, PACKED, SIZE, ATTRIBUTES, OFFSET = 8, 10, 16, 20, 24, 38, 42  # in an entry of the directory

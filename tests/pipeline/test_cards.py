@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from stages.pipeline import cards, paths
-from stages.pipeline.stage import write_json
+from stages.pipeline.files import write_json
 
 ABOUT = {
     "reader": "folder",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages import UserError
+from stages.drawing.weights import load_network, load_tensors
+from stages.errors import UserError
 from stages.networks.classifier import Classifier
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint
@@ -31,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_comes_back_and_is_written_to_the_same_bits(path: Path) -> None:
-    tensors, about = checkpoint.load_tensors(path)
+    tensors, about = load_tensors(path)
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
         name: (tensor.dtype, tensor.tolist()) for name, tensor in TENSORS.items()
     }
@@ -50,7 +51,7 @@ def test_any_flipped_bit_is_told_in_one_line_or_changes_nothing(path: Path) -> N
         spoilt[bit // 8] ^= 1 << bit % 8
         path.write_bytes(spoilt)
         try:
-            tensors, about = checkpoint.load_tensors(path)
+            tensors, about = load_tensors(path)
         except UserError as error:
             told.append(str(error))
         else:
@@ -64,35 +65,35 @@ def test_a_file_that_is_cut_anywhere_is_told_in_one_line(path: Path) -> None:
     for length in np.random.default_rng(0).integers(0, len(whole), 50).tolist():
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"x\.safetensors is damaged .*; delete it and run `dvc repro`"):
-            checkpoint.load_tensors(path)
+            load_tensors(path)
 
 
 @pytest.mark.parametrize("about", ["", "{", "3", "null", "[]", "[{}]", "[1, 2]", '[[], "x"]', '[{}, "x"]', "[" * 10_000])
 def test_metadata_of_another_form_is_told_in_one_line(path: Path, about: str) -> None:
     save_file({"x": torch.zeros(1)}, path, metadata={"about": about})
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load_tensors(path)
+        load_tensors(path)
 
 
 def test_a_file_of_an_earlier_version_is_loaded_and_one_without_metadata_is_not(path: Path) -> None:
     save_file(TENSORS | {"odd": torch.zeros(1)}, path, metadata={"about": json.dumps({"size": 28})})
-    assert checkpoint.load_tensors(path)[1] == {"size": 28}
+    assert load_tensors(path)[1] == {"size": 28}
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load_tensors(path)
+        load_tensors(path)
 
 
 def test_a_missing_tensor_or_name_is_told_with_the_file(path: Path) -> None:
-    for part in checkpoint.load_tensors(path):
+    for part in load_tensors(path):
         with pytest.raises(UserError, match=r"x\.safetensors is damaged \(it has no 'no'\)"):
             part["no"]
 
 
 def test_a_folder_or_nothing_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load_tensors(tmp_path)
+        load_tensors(tmp_path)
     with pytest.raises(UserError, match="is missing"):
-        checkpoint.load_tensors(tmp_path / "x.safetensors")
+        load_tensors(tmp_path / "x.safetensors")
 
 
 NETWORK = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
@@ -114,14 +115,14 @@ SAID = {"size": 8, "num_classes": 2, "network": NETWORK | {"conditional": True}}
 def test_a_network_that_is_not_the_one_that_its_file_describes_is_told_in_one_line(path: Path, changes: dict) -> None:
     weights = UNet(size=8, num_classes=2, **SAID["network"]).state_dict()
     checkpoint.save_tensors(path, weights, **SAID)
-    assert checkpoint.load_network(path)[1] == SAID
+    assert load_network(path)[1] == SAID
     for said in (SAID | changes, {name: value for name, value in SAID.items() if name not in changes}):
         checkpoint.save_tensors(path, weights, **said)
         with pytest.raises(UserError, match=r"^\S+x\.safetensors is damaged [^\n]*; delete it and run `dvc repro`$"):
-            checkpoint.load_network(path)
+            load_network(path)
     checkpoint.save_tensors(path, {name: weights[name] for name in list(weights)[1:]}, **SAID)
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load_network(path)
+        load_network(path)
 
 
 def test_a_classifier_likewise(path: Path) -> None:

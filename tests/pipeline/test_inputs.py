@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import ChangedError, UserError
+from stages.errors import ChangedError, UserError
 from stages.pipeline import checkpoint, inputs, stage
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_a_change_is_named(started: inputs.Inputs, path: str, change: Callable[[
         ("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 1.0 # of the norm")),
         ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),
         ("stages/evaluate.py", lambda text: text + "# changed\n"),
-        ("stages/pipeline/plan.py", lambda text: text + "# changed\n"),
+        ("stages/sweep/plan.py", lambda text: text + "# changed\n"),
     ],
 )
 def test_what_is_not_of_this_stage_may_change(started: inputs.Inputs, path: str, change: Callable[[str], str]) -> None:

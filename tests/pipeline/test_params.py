@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages import UserError
+from stages.errors import UserError
 from stages.pipeline import params
+from stages.pipeline.params import yaml_files
 
 ROOT = Path(__file__).parents[2]
 VALID = params.read_yaml(ROOT / "params.yaml")
@@ -243,7 +244,7 @@ def test_of_many_mistakes_the_first_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         params.load(write(tmp_path, changed("sweep.seeds", ["x"] * 900)))
     lines = str(refused.value).splitlines()
-    assert len(lines) == params.MOST_MISTAKES + 1
+    assert len(lines) == yaml_files.MOST_MISTAKES + 1
     assert "880 mistakes more" in lines[-1]
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages import UserError
 from stages.datasets import readers
+from stages.errors import UserError
 from stages.pipeline import params, sources
 
 ROOT = Path(__file__).parents[2]

@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import UserError
-from stages.pipeline import params, plan, repro, tracking
-from stages.pipeline.checkpoint import load_tensors, save_tensors
-from stages.pipeline.stage import in_one_line, read_json, sound, whole_file, whole_files, whole_folder, write_archive, write_json
+from stages.drawing.weights import load_tensors
+from stages.errors import UserError, in_one_line, sound
+from stages.pipeline import params
+from stages.pipeline.checkpoint import save_tensors
+from stages.pipeline.files import read_json, whole_file, whole_files, whole_folder, write_archive, write_json
+from stages.sweep import plan, runner
+from stages.tracking import __main__ as command
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,9 +171,9 @@ def test_trouble_of_the_machine_is_one_line_and_a_mistake_of_the_code_is_none(tm
         (plan.main, ["plan"], (params, "load")),
         (plan.main, ["prune", "--yes"], (plan, "leftovers")),
         (plan.main, ["profile", "gpu"], (plan, "whole_file")),
-        (repro.main, [], (plan, "plan")),
-        (repro.main, [], (repro, "run")),
-        (tracking._main, [], (params, "load")),
+        (runner.main, [], (plan, "plan")),
+        (runner.main, [], (runner, "run")),
+        (command.main, [], (params, "load")),
     ],
 )
 def test_every_command_ends_with_one_line_in_a_folder_that_is_read_only(
@@ -181,7 +184,7 @@ def test_every_command_ends_with_one_line_in_a_folder_that_is_read_only(
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["x", *arguments])
-    if start is repro.main:
+    if start is runner.main:
         monkeypatch.setattr(plan, "plan", lambda: None)
     monkeypatch.setattr(*fails, refuse)
     with pytest.raises(SystemExit, match=r"^[\w]+: params\.yaml: Read-only file system\. When that is mended, [^\n]*$"):

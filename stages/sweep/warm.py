@@ -1,14 +1,13 @@
 """Stages that start at once: a process with the heavy libraries imported, of which every stage of one command is a fork.
 
-    python -m stages.pipeline.warm dvc repro
+    python -m stages.sweep.warm dvc repro
 
 While the command runs, `python -m stages.NAME` below it need not import torch and MLflow again: `ask` sends arguments, environment
 and open files here, passes signals on and brings the exit code back. A fork imports the project's own code anew. Without this
-process, or without Linux, stages start as any program does, to the same results.
+process, without Linux, or with NAQSH_WARM=0, stages start as any program does, to the same results.
 """
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -20,22 +19,20 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterable
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
+from stages.pipeline.processes import GRACE, end_with_parent, end_with_parents
 
-ADDRESS = "NAQSH_WARM"  # the environment variable with the name of the socket
+ADDRESS = "NAQSH_WARM"  # the environment variable with the name of the socket; 0 from a person: let stages start as programs do
 LIBRARIES = (  # that stages import, and what takes long of what these import later
     "torch", "torch._dynamo", "safetensors.torch", "scipy.special", "scipy.linalg", "pydantic", "PIL.Image", "ruamel.yaml",
     "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store",
 )  # fmt: skip
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}  # MLflow reads them when it is imported
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
-GRACE = 1.5  # seconds that a process has to end in good order
 
 
 def main(command: list[str]) -> int:
@@ -43,6 +40,8 @@ def main(command: list[str]) -> int:
 
     The socket has a name but no file, so that a kill leaves nothing behind; who asks must be the same user.
     """
+    if os.environ.get(ADDRESS) == "0":
+        os.execvp(command[0], command)
     name = f"naqsh-{secrets.token_hex(16)}"
     with socket.socket(socket.AF_UNIX) as listener:
         try:
@@ -68,11 +67,20 @@ def main(command: list[str]) -> int:
                     with contextlib.suppress(ProcessLookupError):  # who asked is gone: so is the fork
                         os.kill(fork.ident or 0, number[0] if number else signal.SIGKILL)
             if ended in ready:
-                for fork in askers:  # of a command that was killed
-                    fork.terminate()
+                _end(askers)
                 return _as_shells_say(child.wait())
             if listener in ready and (started := _fork(listener.accept()[0])):
                 askers |= [started]
+
+
+def _end(forks: Iterable[ForkProcess]) -> None:
+    """End the forks of a command that was killed: in good order, and after a grace in any. This process waits for them."""
+    for fork in forks:
+        fork.terminate()
+    until = time.monotonic() + GRACE
+    for fork in forks:
+        fork.join(max(until - time.monotonic(), 0))
+        fork.kill()
 
 
 def _as_shells_say(code: int | None) -> int:
@@ -85,10 +93,12 @@ def _fork(asker: socket.socket) -> tuple[ForkProcess, socket.socket] | None:
     if user != os.geteuid():
         asker.close()
         return None
+    from stages.tracking import mlflow_forms  # here, for who asks need not wait for it
+
     size, files = socket.recv_fds(asker, 4, 3)[:2]
     try:
         request = json.loads(asker.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
-        os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+        os.environ.update({name: value for name, value in mlflow_forms.QUIET.items() if name not in os.environ})
         with contextlib.suppress(ImportError):  # the stage will say which
             for name in LIBRARIES:
                 importlib.import_module(name)
@@ -154,43 +164,6 @@ def ask(module: str, arguments: list[str]) -> int | None:
     if not code:
         print(f"naqsh: the process that forks stages ended before {module} did", file=sys.stderr)
     return code[0] if code else 1
-
-
-def end_with_parent() -> None:
-    """Get a SIGTERM when the parent is killed, on Linux, so that no orphan goes on writing."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
-def end_with_parents() -> None:
-    """End when DVC does, or any shell between it and this process: a shell outlives a DVC that is killed."""
-    end_with_parent()
-    above: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().parents():
-            above.append(process)
-            if "DVC_STAGE" not in os.environ or process.environ().get("DVC_STAGE") != os.environ["DVC_STAGE"]:
-                break  # the parent, or DVC itself
-        if above[-1].pid == 1 and "dvc" not in " ".join(above[-1].cmdline()):  # it is gone already
-            sys.exit(143)
-    threading.Thread(target=_follow, args=[above], daemon=True).start()
-
-
-def _follow(processes: list[psutil.Process]) -> None:
-    while all(map(is_alive, processes)):
-        time.sleep(0.3)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether a process runs; one that ended and whose end nobody has heard of yet does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 if __name__ == "__main__":

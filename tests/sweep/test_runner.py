@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.pipeline import warm
+from stages.pipeline.processes import is_alive
 
 ROOT = Path(__file__).parents[2]
 STUBBORN = """
@@ -25,12 +25,13 @@ time.sleep(60)
 """
 RUNNER = """
 import sys
-from stages.pipeline import repro, warm
-warm.end_with_parent()
+from stages.pipeline import processes
+from stages.sweep import runner, warm
+processes.end_with_parent()
 def main():
-    return repro.run((sys.executable, "stubborn.py", "parent"))
-repro.main = main
-sys.exit(repro.started())
+    return runner.run((sys.executable, "stubborn.py", "parent"))
+runner.main = main
+sys.exit(runner.started())
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -66,19 +67,19 @@ def test_one_signal_ends_all_and_says_how_to_go_on(running, how: signal.Signals,
     _, said = process.communicate(timeout=30)
     assert process.returncode == code
     assert said == "\nStopped. `make repro` goes on from here.\n"
-    assert not any(map(warm.is_alive, below))
+    assert not any(map(is_alive, below))
 
 
 def test_what_is_killed_takes_all_along(running) -> None:
     process, below = running
     process.kill()  # the shell; make is the like
     until = time.monotonic() + 30
-    while any(map(warm.is_alive, below)) and time.monotonic() < until:
+    while any(map(is_alive, below)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not any(map(warm.is_alive, below))
+    assert not any(map(is_alive, below))
 
 
 def test_the_code_of_a_command_is_passed_on(tmp_path: Path) -> None:
-    command = "import sys; from stages.pipeline import repro; sys.exit(repro.run((sys.executable, '-c', {!r})))"
+    command = "import sys; from stages.sweep import runner; sys.exit(runner.run((sys.executable, '-c', {!r})))"
     for script, code in (("import sys; sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)):
         assert subprocess.run([sys.executable, "-c", command.format(script)], cwd=ROOT, check=False).returncode == code

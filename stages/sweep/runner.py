@@ -1,6 +1,6 @@
 """`make repro`: says what will run, has DVC run it, brings MLflow up to date, prints the table. One Ctrl-C ends all of it.
 
-    python -m stages.pipeline.repro
+    python -m stages.sweep.runner
 
 DVC ignores Ctrl-C while a stage runs, and with --keep-going it takes a stage that was told to stop for one that failed. So it runs
 in a session of its own, with all that it starts, and this process ends that session as a whole.
@@ -18,9 +18,9 @@ from typing import NoReturn
 
 import psutil
 
-from stages.pipeline import warm
+from stages.pipeline import processes
 
-COMMAND = (sys.executable, "-m", "stages.pipeline.warm", sys.executable, "-m", "dvc", "repro", "--keep-going")
+COMMAND = (sys.executable, "-m", "stages.sweep.warm", sys.executable, "-m", "dvc", "repro", "--keep-going")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end it: Ctrl-C, kill, a terminal that is closed
 
 
@@ -30,17 +30,18 @@ class Stopped(BaseException):
 
 def main() -> int:
     """Make all that is missing; the exit code of DVC."""
-    from stages.pipeline import plan, tracking
-    from stages.pipeline.stage import in_one_line
+    from stages.errors import in_one_line
+    from stages.sweep import plan
+    from stages.tracking import mirror
 
     with in_one_line("repro"):
         plan.plan()
         code = run(COMMAND)
-        synced = tracking.sync(asked=True)
+        synced = mirror.sync(asked=True)
         plan.table()
     if not synced:  # last, for what was said before has scrolled away
         print(
-            f"MLflow is not up to date: {tracking.last_trouble()}. All results are in the files; `make sync` tries again.",
+            f"MLflow is not up to date: {mirror.last_trouble()}. All results are in the files; `make sync` tries again.",
             flush=True,
         )
     return code
@@ -60,7 +61,7 @@ def run(command: tuple[str, ...]) -> int:
 
 def _as_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    warm.end_with_parent()
+    processes.end_with_parent()
 
 
 def _end(group: "subprocess.Popen[bytes]") -> None:
@@ -70,7 +71,7 @@ def _end(group: "subprocess.Popen[bytes]") -> None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group.pid, how)
-        until = time.monotonic() + warm.GRACE
+        until = time.monotonic() + processes.GRACE
         while _members(group) and time.monotonic() < until:
             time.sleep(0.05)
 
@@ -81,7 +82,7 @@ def _members(group: "subprocess.Popen[bytes]") -> list[int]:
     found = []
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getpgid(pid) == group.pid and warm.is_alive(psutil.Process(pid)):
+            if os.getpgid(pid) == group.pid and processes.is_alive(psutil.Process(pid)):
                 found.append(pid)
     return found
 
@@ -98,7 +99,7 @@ def started() -> int:
         if signal.getsignal(name) != signal.SIG_IGN:  # as under nohup
             signal.signal(name, _stop)
     if "MAKELEVEL" in os.environ:
-        warm.end_with_parent()
+        processes.end_with_parent()
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     os.environ["NAQSH_REPRO"] = secrets.token_hex(8)  # what MLflow may cost is counted for the whole of it
     try:

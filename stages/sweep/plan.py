@@ -1,34 +1,30 @@
 """What a person at the keyboard asks beside `dvc repro`: what will run, what came out, what is left over, another profile.
 
-python -m stages.pipeline.plan plan            the stages that will run, and about how long they take
-python -m stages.pipeline.plan table           the finished cells of the sweep, and where their pictures are
-python -m stages.pipeline.plan prune [--yes]   list, or remove, the files of cells that the sweep no longer names
-python -m stages.pipeline.plan profile NAME    merge profiles/NAME.yaml into params.yaml
+python -m stages.sweep.plan plan            the stages that will run, and about how long they take
+python -m stages.sweep.plan table           the finished cells of the sweep, and where their pictures are
+python -m stages.sweep.plan prune [--yes]   list, or remove, the files of cells that the sweep no longer names
+python -m stages.sweep.plan profile NAME    merge profiles/NAME.yaml into params.yaml
 """
 
 import argparse
-import contextlib
-import itertools
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 
-from stages import UserError
-from stages.pipeline import params, paths, results, sources, warm
-from stages.pipeline.provenance import LOCK, Tree, git, lock_entries, refuse_conflict
-from stages.pipeline.stage import damaged, in_one_line, whole_file
+from stages.errors import UserError, in_one_line
+from stages.pipeline import dvc_forms, params, paths, sources
+from stages.pipeline.files import whole_file
+from stages.sweep import repair
+from stages.tracking import results
+from stages.tracking.provenance import Tree
 
-LOCK_STARTS = b"schema: '2.0'\nstages:\n"
 PROFILES = Path("profiles")
 PER_CELL = ("train", "sample", "evaluate")
 PER_DATASET = ("fetch", "prepare", "extractor", "reference")
@@ -39,12 +35,12 @@ def plan() -> None:
     loaded = params.load()  # a mistake in it is told here, in one line
     for dataset in loaded.sweep.datasets:
         sources.refuse_outputs(dataset, loaded.data[dataset])
-    mend_rwlock()
+    repair.mend_rwlock()
     for line in sources.changed(loaded):
         print(line)
-    asked = _status()
-    if (asked.returncode and str(LOCK) in asked.stderr) or _is_empty(LOCK):
-        asked = mend_lock()
+    asked = dvc_forms.status()
+    if repair.needs_mending(asked):
+        asked = repair.mend_lock()
     if busy := re.search(r"is busy.*PID (\d+)", asked.stderr, re.DOTALL):
         raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
     if asked.returncode:
@@ -64,104 +60,9 @@ def plan() -> None:
         print("No estimate: metrics/timing records no such stage yet.")
 
 
-def _status() -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True)
-
-
-def mend_rwlock() -> None:
-    """Take out of DVC's list of who reads and writes what those who do so no longer; remove it where a kill cut it off.
-
-    DVC itself asks only whether there is a process of that number, which may be another program by now.
-    """
-    file = Path(".dvc/tmp/rwlock")
-    with contextlib.suppress(Timeout, FileNotFoundError), FileLock(file.with_name("rwlock.lock"), timeout=0):  # as DVC holds it
-        written = file.stat().st_mtime
-        try:
-            write, read = _rwlock_entries(json.loads(file.read_bytes()))
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-            file.unlink()
-            print(f"A kill of DVC cut {file} off: removed", file=sys.stderr)
-            return
-        writers = {path: who for path, who in write.items() if _is_dvc(who["pid"], written)}
-        readers = {path: [one for one in who if _is_dvc(one["pid"], written)] for path, who in read.items()}
-        if writers != write or readers != read:
-            with whole_file(file) as temporary:
-                temporary.write_text(json.dumps({"write": writers, "read": {path: who for path, who in readers.items() if who}}))
-            print(f"{file} named processes that are gone: taken out", file=sys.stderr)
-
-
-def _rwlock_entries(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Who writes and who reads each path, in the form that DVC asks for. Raises ValueError, or the like, where it is another."""
-    write, read = listed.get("write", {}), listed.get("read", {})
-    lists = [who for who in read.values() if isinstance(who, list)]
-    known = listed.keys() <= {"write", "read"} and len(lists) == len(read)
-    if not known or not all(
-        who.keys() == {"pid", "cmd"} and isinstance(who["pid"], int) and isinstance(who["cmd"], str)
-        for who in [*write.values(), *itertools.chain(*lists)]
-    ):
-        raise ValueError("not as DVC writes it")
-    return write, read
-
-
-def _is_dvc(pid: int, since: float) -> bool:
-    """Whether a process is a DVC that was there already at a time."""
-    with contextlib.suppress(psutil.Error, ValueError, OverflowError):  # the latter two: no process has such a number
-        process = psutil.Process(pid)
-        return warm.is_alive(process) and process.create_time() <= since + 1 and "dvc" in " ".join(process.cmdline())
-    return False
-
-
-def mend_lock() -> subprocess.CompletedProcess[str]:
-    """Give dvc.lock back what a kill or a full disk took from it while DVC wrote it. What DVC says of it then.
-
-    What is whole of it stays; what is missing then comes from the last commit. What neither has, DVC finds in its run cache, by
-    code, parameters and data. The file stays as it is where something else is wrong with it.
-    """
-    content = LOCK.read_bytes()
-    refuse_conflict(content)
-    if not _is_cut(content):
-        raise damaged(LOCK, "it is not as DVC writes it")
-    rest = lock_entries(content.decode(errors="surrogateescape").replace("\r\n", "\n"))
-    if rest:
-        rest.popitem()  # a last one that is cut may look whole
-    entries = lock_entries(git("show", f"HEAD:./{LOCK}") or "") | {name: entry for name, entry in rest.items() if _is_whole(entry)}
-    kept = "".join(entries.values()).encode()
-    _write_bytes(LOCK, LOCK_STARTS + kept if kept else LOCK_STARTS.rstrip() + b" {}\n")
-    asked = _status()
-    if asked.returncode and str(LOCK) in asked.stderr:
-        _write_bytes(LOCK, content)
-    else:
-        print(f"{LOCK} was cut off while DVC wrote it: mended from its rest and the last commit", file=sys.stderr)
-    return asked
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def _is_cut(content: bytes) -> bool:
-    """Whether a dvc.lock begins as DVC writes it, or holds nothing, or zeros: a crash may leave these."""
-    start = content.replace(b"\r\n", b"\n")[: len(LOCK_STARTS)]
-    return b"\0" in content or not content.strip() or LOCK_STARTS.startswith(start)
-
-
-def _is_whole(entry: str) -> bool:
-    """Whether an entry of dvc.lock is of the form that DVC writes."""
-    with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
-        ((_, stage),) = params.parse_yaml(entry, LOCK).items()
-        files = [*stage.get("deps", []), *stage.get("outs", [])]
-        return bool(stage["cmd"]) and all(file["path"] and file["md5"] for file in files)
-    return False
-
-
-def _is_empty(file: Path) -> bool:
-    return file.exists() and not file.read_bytes().strip(b"\0 \n")
-
-
 def with_followers(changed: set[str]) -> list[str]:
     """The changed stages and all that follow from them, in the order of dvc.yaml: what will run unless an output stays the same."""
-    stages = params.read_yaml(Path("dvc.yaml"))["stages"]
+    stages = dvc_forms.stages()
     cells = list(params.load().sweep.cells())
     names = {name: [str(cell) for cell in cells] if name in PER_CELL else {cell.dataset for cell in cells} for name in stages}
     found: list[str] = []
@@ -265,7 +166,7 @@ def _name(path: Path) -> str:
 
 def main() -> None:
     """Run one of the commands."""
-    parser = argparse.ArgumentParser(prog="python -m stages.pipeline.plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.sweep.plan", description=__doc__)
     commands: Any = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("plan")
     commands.add_parser("table")

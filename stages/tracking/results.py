@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from stages import UserError
+from stages.errors import UserError, damaged, sound
 from stages.pipeline import paths
+from stages.pipeline.files import read_json
 from stages.pipeline.params import Cell
-from stages.pipeline.stage import damaged, read_json, sound
 
 IDENTITY = ("cell", "dataset", "schedule", "T", "seed", "network")
 CLOCKED = ("train", "sample", "evaluate")

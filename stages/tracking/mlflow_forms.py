@@ -1,17 +1,34 @@
-"""What the MLflow UI shows of the cells: which columns, which charts, in which order. The UI calls it a shared view.
+"""All that is known here of MLflow's private forms: the tables of its database, names of pictures, the state of a view of its UI.
 
-It is kept as a tag of the experiment, in the form that the UI itself writes; a person's own changes to it are kept.
+Written for MLflow 3.17. tests/tracking/test_mlflow_forms.py compares each with what the installed MLflow does, tests/test_ui.py
+with what its UI shows.
 """
 
 import base64
 import colorsys
 import itertools
 import json
+import re
+import sqlite3
 import zlib
+from pathlib import Path
 from typing import Any
 
 from stages.pipeline.params import Cell, Sweep
 
+VERSION = "3.17"
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}  # MLflow reads them when it is imported
+
+PATHS = (  # columns that hold absolute paths of artifacts
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+# A view of the UI, which calls it shared: which columns, which charts, in which order. It is kept as a tag of the experiment, in
+# the form that the UI itself writes; a person's own changes to it are kept.
 KEY = "cells"
 TAG = f"mlflow.sharedViewState.{KEY}"
 LINK = f"viewStateShareKey={KEY}"  # of the page that opens with it
@@ -102,3 +119,69 @@ def _section(name: str, shown: bool) -> dict[str, Any]:
     if name == "pictures":
         place |= {"columns": 1, "cardHeight": 720}  # room for several runs side by side
     return {"uuid": f"naqsh-{name}", "name": name, "display": shown, **place}
+
+
+def is_finished(database: sqlite3.Connection) -> bool | None:
+    """Whether a database holds a run, or MLflow's newest tables; None where it is somebody else's."""
+    tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+    if "runs" in tables and database.execute("select 1 from runs limit 1").fetchone():
+        return True
+    if tables and not tables & {"experiments", "alembic_version"}:
+        return None
+    versions = database.execute("select version_num from alembic_version") if "alembic_version" in tables else []
+    return [version for (version,) in versions] == [newest_tables()]
+
+
+def newest_tables() -> str:
+    """The version of the tables that this MLflow makes."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    return str(_get_latest_schema_revision())
+
+
+def make_database(address: str, artifacts: Path) -> None:
+    """Make a database that holds no run, and close it."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    try:
+        SqlAlchemyStore(address, str(artifacts)).engine.dispose()
+    finally:
+        SqlAlchemyStore._engine_map.pop(address, None)  # the next to be made has the same name
+
+
+def close(address: str) -> None:
+    """Close the connections that this process has to a database."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if engine := SqlAlchemyStore._engine_map.get(address):
+        engine.dispose()
+
+
+def tag_values(database: sqlite3.Connection, key: str) -> set[str]:
+    """The values that a tag has in runs and experiments."""
+    tags = "select value from tags where key = :key union select value from experiment_tags where key = :key"
+    return {value for (value,) in database.execute(tags, {"key": key})}
+
+
+def move_paths(database: sqlite3.Connection, old: str, new: str, *, tag: str, value: str) -> int:
+    """Replace the folder at the start of all paths, and a tag of the runs and experiments that had it; the number of paths."""
+    return sum(
+        _move(database, table, column, {"old": old, "new": new, "n": len(old), "here": value, "key": tag})
+        for table, column in PATHS
+    )
+
+
+def _move(database: sqlite3.Connection, table: str, column: str, names: dict[str, Any]) -> int:
+    had = f"({column} = :old or substr({column}, 1, :n + 1) = :old || '/')"
+    kind = {"runs": ("tags", "run_uuid"), "experiments": ("experiment_tags", "experiment_id")}.get(table)
+    if kind:
+        tags, ident = kind
+        chosen = f"select {ident} from {table} where {had}"
+        database.execute(f"update {tags} set value = :here where key = :key and {ident} in ({chosen})", names)
+    return database.execute(f"update {table} set {column} = :new || substr({column}, :n + 1) where {had}", names).rowcount
+
+
+def preview_step(path: str) -> int | None:
+    """The step of a logged preview, by the path of the smaller of its two files, a WebP beside a PNG; None for other files."""
+    found = re.fullmatch(r"images/preview\+step\+(\d+)\+.*\.webp", path)
+    return int(found[1]) if found else None

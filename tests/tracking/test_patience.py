@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mirror import CELL, publish, runs
+from cells import CELL, followed, publish, runs
 
-from stages.pipeline import figures, paths, patience, store, tracking
-from stages.pipeline.patience import DownError, Watch
+from stages.pipeline import grids, paths
+from stages.tracking import mirror, patience, store
+from stages.tracking.patience import DownError, Watch
 
 GENEROUS = 30  # seconds on a busy machine for what takes 5; the old behaviour was minutes, or no end
 
@@ -94,14 +95,14 @@ SLOW, QUICK = ("silent", "drips", "locked"), ("fails", "no JSON", "empty", "clos
 
 
 def follow() -> None:
-    with tracking.Live(CELL):
+    with followed(CELL):
         pass
 
 
 USES: dict[str, Callable[[], object]] = {
     "publish": lambda: publish(CELL),
-    "fail": lambda: tracking.fail(CELL, "no memory"),
-    "sync": lambda: tracking.sync(),
+    "fail": lambda: mirror.fail(CELL, "no memory"),
+    "sync": lambda: mirror.sync(),
     "Live": follow,
 }
 
@@ -118,7 +119,7 @@ def test_a_bad_store_costs_a_line_and_its_budget_once(
         began = time.monotonic()
         USES[first]()
         assert time.monotonic() - began < GENEROUS
-        assert tracking.last_trouble()
+        assert mirror.last_trouble()
         spent = patience._recall(store.uri()).waited
         assert spent < 3
         for use in USES.values():
@@ -138,7 +139,7 @@ def test_a_store_that_hangs_in_the_middle_ends_no_later(
     """A process that gave a store up ends at once, though a thread of it still waits."""
     server = Server(say_nothing)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    program = "from stages.pipeline import patience, tracking\npatience.CALL = 0.5\nprint(tracking.sync())"
+    program = "from stages.pipeline import patience, tracking\npatience.CALL = 0.5\nprint(mirror.sync())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60 + GENEROUS)
     server.shutdown()
     assert (done.returncode, done.stdout) == (0, "False\n")
@@ -151,15 +152,15 @@ def test_a_training_whose_store_hangs_later_is_not_held_up(
     from mlflow import MlflowClient
 
     picture = paths.weights(str(CELL)) / "previews" / "00000001.png"
-    figures.save_png(picture, np.zeros((4, 4), np.uint8))
+    grids.save_png(picture, np.zeros((4, 4), np.uint8))
     hangs = threading.Event()
     monkeypatch.setattr(MlflowClient, "log_image", lambda *_, **__: hangs.set() or time.sleep(600))
     began = time.monotonic()
-    with tracking.Live(CELL) as live:
-        live.report({"step": 1, "train_loss": 0.9}, picture, 0.5, 1.0)
+    with followed(CELL) as live:
+        live.point({"step": 1, "train_loss": 0.9}, picture, 0.5, 1.0)
         assert hangs.wait(60)
     assert time.monotonic() - began < 60 + GENEROUS
-    assert "did not answer" in (tracking.last_trouble() or "")
+    assert "did not answer" in (mirror.last_trouble() or "")
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert patience._recall(store.uri()).down
     (run,) = runs(tree)

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from mirror import CELL, edit, make_files, make_previews, publish, record, runs
+from cells import CELL, edit, followed, make_files, make_previews, publish, record, runs
 from mlflow import MlflowClient
 
-from stages.pipeline import store, tracking
+from stages.errors import UserError
+from stages.tracking import mirror, mlflow_forms, store
 
 MAKE = "from stages.pipeline import tracking\nprint('started', flush=True)\ntracking.sync()"
 
@@ -64,10 +65,10 @@ def test_a_failure_while_the_database_is_made_leaves_none(
     (tree / "mlflow.db").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
-        assert not tracking.sync()
+        assert not mirror.sync()
     assert capsys.readouterr().err.startswith("MLflow: not recorded: No space left on device;")
     assert not list(tree.glob("mlflow.db*[!k]"))
-    assert tracking.sync()
+    assert mirror.sync()
 
 
 def half(path: Path, how: str) -> None:
@@ -163,13 +164,15 @@ def test_a_moved_or_copied_folder_writes_into_itself(
         assert run.data.tags["naqsh.workspace"].endswith(f":{new}")
     assert client(new).get_experiment(elsewhere).artifact_location == "/somewhere/mlruns"
     assert client(new).get_experiment_by_name("naqsh").artifact_location == str(new / "mlruns")
-    assert f"{tree}/" not in str([query(new / "mlflow.db", f"select {column} from {table}") for table, column in store._PATHS])
+    assert f"{tree}/" not in str(
+        [query(new / "mlflow.db", f"select {column} from {table}") for table, column in mlflow_forms.PATHS]
+    )
     publish(CELL)
     assert not capsys.readouterr().err
 
 
 def test_a_folder_that_is_moved_before_its_first_run_writes_into_itself(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.sync()
+    assert mirror.sync()
     new = tree.with_name("new")
     shutil.move(tree, new)
     monkeypatch.chdir(new)
@@ -182,17 +185,17 @@ def test_a_folder_that_is_moved_before_its_first_run_writes_into_itself(tree: Pa
 def test_sync_draws_removed_pictures_again(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_previews(CELL, 1)
     record(CELL, last="evaluate")
-    assert tracking.sync()
+    assert mirror.sync()
     assert "1 of 8 cells have results, 1 of them" in capsys.readouterr().out
-    assert tracking.sync()
+    assert mirror.sync()
     assert "1 of 8 cells have results, 0 of them" in capsys.readouterr().out
     before = {Path(path).name.partition("+timestamp")[0] for path in digests(tree / "mlruns")}
     shutil.rmtree(tree / "mlruns")
-    assert tracking.sync()
+    assert mirror.sync()
     assert {Path(path).name.partition("+timestamp")[0] for path in digests(tree / "mlruns")} == before
     (run,) = runs(tree)
     (Path(run.info.artifact_uri) / "samples/chain.png").unlink()
-    assert tracking.sync()
+    assert mirror.sync()
     assert "1 of 8 cells have results, 1 of them" in capsys.readouterr().out
     assert (Path(run.info.artifact_uri) / "samples/chain.png").exists()
 
@@ -201,9 +204,9 @@ def test_a_deleted_experiment_is_restored_when_told(tree: Path, capsys: pytest.C
     publish(CELL)
     client(tree).delete_experiment("1")
     publish(CELL)
-    assert "the experiment naqsh was deleted; `python -m stages.pipeline.tracking restore`" in capsys.readouterr().err
+    assert "the experiment naqsh was deleted; `python -m stages.tracking restore`" in capsys.readouterr().err
     assert client(tree).get_experiment("1").lifecycle_stage == "deleted"
-    assert tracking.restore()
+    assert mirror.restore()
     publish(CELL)
     assert not capsys.readouterr().err
     assert len(runs(tree)) == 1
@@ -225,9 +228,9 @@ def test_a_run_without_one_of_its_tags_stops_nothing(tree: Path, capsys: pytest.
     publish(CELL)
     client(tree).delete_tag(runs(tree)[0].info.run_id, name)
     record(CELL, last="evaluate")
-    tracking.publish(CELL)
-    tracking.fail(CELL, "no memory")
-    assert tracking.sync()
+    mirror.publish(CELL)
+    mirror.fail(CELL, "no memory")
+    assert mirror.sync()
     assert not capsys.readouterr().err
     assert [run.info.status for run in runs(tree) if run.data.tags.get("current") == "true"].count("FINISHED") >= 1
 
@@ -247,31 +250,34 @@ def test_pictures_of_others_stop_nothing(tree: Path, capsys: pytest.CaptureFixtu
 def test_nothing_is_filed_under_the_key_of_later_settings(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(CELL, last="sample")
     edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
-    tracking.publish(CELL)
+    mirror.publish(CELL)
     assert not runs(tree)
     assert capsys.readouterr().err.startswith(f"MLflow: {CELL} not recorded yet: params.yaml, the code or the data changed")
     edit("params.yaml", lambda text: text.replace("grad_clip: 2.0", "grad_clip: 1.0"))
     edit("stages/networks/unet.py", lambda text: text + "# changed\n")
-    tracking.publish(CELL)
+    mirror.publish(CELL)
     assert not runs(tree)
     publish(CELL)
     assert len(runs(tree)) == 1
 
 
 def test_a_failure_is_told_of_the_run_that_was_begun(tree: Path) -> None:
-    with tracking.Live(CELL):
-        pass
-    edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
-    tracking.fail(CELL, "the loss became nan")
+    with contextlib.suppress(UserError), followed(CELL):
+        edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
+        raise UserError("the loss became nan")
     (run,) = runs(tree)
-    assert (run.info.status, run.data.tags["error"], run.data.params["train.grad_clip"]) == ("FAILED", "the loss became nan", "1.0")
+    assert (run.info.status, run.data.tags["error"], run.data.params["train.grad_clip"]) == (
+        "FAILED",
+        "train: the loss became nan",
+        "1.0",
+    )
 
 
 @pytest.mark.parametrize("port", ["abc", "99999", "0", "-1", "٥", "in use"])
 def test_a_port_that_cannot_be_had_is_one_line(tree: Path, port: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = str(other.getsockname()[1])
-        command = [sys.executable, "-m", "stages.pipeline.tracking", "ui", f"--port={taken if port == 'in use' else port}"]
+        command = [sys.executable, "-m", "stages.tracking", "ui", f"--port={taken if port == 'in use' else port}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [

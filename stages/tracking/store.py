@@ -1,4 +1,4 @@
-"""Opening the MLflow store, and all that is known here of its private forms: how a database is made, and what its tables hold."""
+"""Opening the MLflow store: a local database is made whole, mended where it was moved, never waited for too long."""
 
 import contextlib
 import itertools
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock, Timeout
 
-from stages import UserError, masked
-from stages.pipeline import params, patience, warm
-from stages.pipeline.patience import Watch
-from stages.pipeline.provenance import workspace
+from stages.errors import UserError, masked
+from stages.pipeline import params
+from stages.pipeline.dvc_forms import workspace
+from stages.tracking import mlflow_forms, patience
+from stages.tracking.patience import Watch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,15 +27,8 @@ SQLITE = "sqlite:///"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # to which artifacts go from here, not through a server
 WORKSPACE = "naqsh.workspace"  # the tag of a run and of an experiment that says where it was made
 _BESIDE = ("", "-journal", "-wal", "-shm")  # the files of a database
-_PATHS = (  # columns that hold absolute paths of artifacts
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 _SETTINGS = {
-    **warm.QUIET,
+    **mlflow_forms.QUIET,
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # an address may hold a password
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -107,7 +101,7 @@ def experiment(client: "MlflowClient") -> str:
     if not found.experiment_id:
         raise UserError(f"{masked(uri())} answers, but not as MLflow does")
     if found.lifecycle_stage == "deleted":
-        raise UserError(f"the experiment {name} was deleted; `python -m stages.pipeline.tracking restore` restores it and its runs")
+        raise UserError(f"the experiment {name} was deleted; `python -m stages.tracking restore` restores it and its runs")
     return str(found.experiment_id)
 
 
@@ -185,46 +179,27 @@ def _is_whole(file: Path, timeout: float) -> bool:
         return False
     try:
         with _open(file, timeout) as database:
-            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
-            if "runs" in tables and database.execute("select 1 from runs limit 1").fetchone():
-                return True
-            if tables and not tables & {"experiments", "alembic_version"}:
-                raise UserError(f"{file} is no database of MLflow; give MLFLOW_TRACKING_URI another name")
-            versions = database.execute("select version_num from alembic_version") if "alembic_version" in tables else []
-            return [version for (version,) in versions] == [_newest()]
+            finished = mlflow_forms.is_finished(database)
     except sqlite3.DatabaseError:  # no database at all
         return False
-
-
-def _newest() -> str:
-    """The version of the tables that this MLflow makes."""
-    from mlflow.store.db.utils import _get_latest_schema_revision
-
-    return str(_get_latest_schema_revision())
+    if finished is None:
+        raise UserError(f"{file} is no database of MLflow; give MLFLOW_TRACKING_URI another name")
+    return finished
 
 
 def _make(file: Path, artifacts: Path) -> None:
     """Make a database that holds no run, and close it."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     _remove(file)  # what a kill left
     file.parent.mkdir(parents=True, exist_ok=True)
-    address = f"{SQLITE}{file}"
-    try:
-        SqlAlchemyStore(address, str(artifacts)).engine.dispose()
-    finally:
-        SqlAlchemyStore._engine_map.pop(address, None)  # the next to be made has the same name
+    mlflow_forms.make_database(f"{SQLITE}{file}", artifacts)
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
 
 
 def _put(partial: Path, file: Path) -> None:
     """Give a finished database its name; a connection to what was there before is closed."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     partial.replace(file)
-    if engine := SqlAlchemyStore._engine_map.get(f"{SQLITE}{file}"):
-        engine.dispose()
+    mlflow_forms.close(f"{SQLITE}{file}")
 
 
 def _remove(file: Path) -> None:
@@ -256,23 +231,8 @@ def _mend(file: Path, timeout: float) -> None:
 
 def _mend_paths(database: sqlite3.Connection) -> None:
     """Replace the paths of a database that was moved or copied with its folder: the tags name it. Other paths stay."""
-    tags = "select value from tags where key = :key union select value from experiment_tags where key = :key"
-    said = {value for (value,) in database.execute(tags, {"key": WORKSPACE})}
-    for old in sorted({value.partition(":")[2] for value in said} - {str(workspace()), ""}):
-        moved = sum(_lead(database, table, column, f"{old}/mlruns") for table, column in _PATHS)
+    for old in sorted({value.partition(":")[2] for value in mlflow_forms.tag_values(database, WORKSPACE)} - {str(workspace()), ""}):
+        moved = mlflow_forms.move_paths(database, f"{old}/mlruns", str(workspace() / "mlruns"), tag=WORKSPACE, value=here())
         if moved:
             told = f"MLflow: the store was moved or copied from {old}; its {moved} paths now lead to {workspace()}"
             print(told, file=sys.stderr, flush=True)
-
-
-def _lead(database: sqlite3.Connection, table: str, column: str, old: str) -> int:
-    """Replace the folder at the start of paths by this workspace's mlruns/; the number of rows that had it."""
-    new = str(workspace() / "mlruns")
-    names = {"old": old, "new": new, "n": len(old), "here": here(), "key": WORKSPACE}
-    had = f"({column} = :old or substr({column}, 1, :n + 1) = :old || '/')"
-    kind = {"runs": ("tags", "run_uuid"), "experiments": ("experiment_tags", "experiment_id")}.get(table)
-    if kind:
-        tags, ident = kind
-        chosen = f"select {ident} from {table} where {had}"
-        database.execute(f"update {tags} set value = :here where key = :key and {ident} in ({chosen})", names)
-    return database.execute(f"update {table} set {column} = :new || substr({column}, :n + 1) where {had}", names).rowcount

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cells import CELL, OTHER, ROOT, edit, followed, make_files, publish, runs, write
 from filelock import FileLock
-from mirror import CELL, OTHER, ROOT, edit, make_files, publish, runs, write
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from stages.pipeline import figures, params, paths, provenance, tracking, view
+from stages.errors import UserError
+from stages.pipeline import dvc_forms, grids, params, paths
 from stages.pipeline.params import Cell
+from stages.tracking import mirror, mlflow_forms, provenance, store
+from stages.tracking.runs import pulse
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[
     ("path", "change"),
     [
         ("stages/networks/unet.py", lambda text: text.replace("\n", "\r\n")),
-        ("stages/pipeline/tracking.py", lambda text: text + "# changed\n"),
+        ("stages/tracking/mirror.py", lambda text: text + "# changed\n"),
         ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),
         ("params.yaml", lambda text: text.replace("train_images: 20000", "train_images: 20001")),
         ("params.yaml", lambda text: text.replace("schedules: [linear, cosine]", "schedules: [cosine]")),
@@ -67,15 +70,15 @@ def test_entries_of_the_lock_parse_alone_as_they_do_together(monkeypatch: pytest
     monkeypatch.chdir(ROOT)
     whole = params.read_yaml(Path("dvc.lock"))["stages"]
     tree = provenance.Tree.read()
-    assert {name: tree.recorded(name) for name in tree.lock} == whole
-    assert tree.recorded("train@no-such-cell") == {}
+    assert {name: dvc_forms.recorded(tree.lock, name) for name in tree.lock} == whole
+    assert dvc_forms.recorded(tree.lock, "train@no-such-cell") == {}
 
 
 @pytest.mark.usefixtures("tree")
 def test_key_differs_between_cells_and_needs_raw_data() -> None:
     cells = [CELL, OTHER, Cell("mnist", "cosine", 1000, 0), Cell("mnist", "cosine", 200, 1)]
     assert len({provenance.Tree.read().key(cell) for cell in cells}) == len(cells)
-    with pytest.raises(params.UserError, match="dvc repro fetch@persian_glyphs"):
+    with pytest.raises(UserError, match="dvc repro fetch@persian_glyphs"):
         provenance.Tree.read().key(Cell("persian_glyphs", "cosine", 200, 0))
 
 
@@ -121,7 +124,7 @@ def test_going_back_to_old_settings_shows_the_old_run_even_where_it_fails(tree: 
     edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
     publish(CELL)
     edit("params.yaml", lambda text: text.replace("grad_clip: 2.0", "grad_clip: 1.0"))
-    tracking.fail(CELL, "no memory")
+    mirror.fail(CELL, "no memory")
     shown = {run.data.params["train.grad_clip"]: (run.data.tags["current"], run.info.status) for run in runs(tree)}
     assert shown == {"1.0": ("true", "FAILED"), "2.0": ("false", "FINISHED")}
 
@@ -152,16 +155,16 @@ def previews(tree: Path, run: Run) -> list[int]:
 def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) -> None:
     pictures = {step: paths.weights(str(CELL)) / "previews" / f"{step:08d}.png" for step in (1, 2)}
     for path in pictures.values():
-        figures.save_png(path, np.zeros((4, 4), np.uint8))
+        grids.save_png(path, np.zeros((4, 4), np.uint8))
     rows = {1: {"step": 1, "train_loss": 0.9, "images_per_sec": 50.0}, 2: {"step": 2, "train_loss": 0.8, "images_per_sec": 51.0}}
-    with contextlib.suppress(KeyboardInterrupt), tracking.Live(CELL) as live:
-        live.report(rows[1], pictures[1], 0.5, 61.4)
-        live.report(rows[2], pictures[2], 1.0, 0.0)
+    with contextlib.suppress(KeyboardInterrupt), followed(CELL) as live:
+        live.point(rows[1], pictures[1], 0.5, 61.4)
+        live.point(rows[2], pictures[2], 1.0, 0.0)
         raise KeyboardInterrupt
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["progress"]) == ("KILLED", "stopped")
-    with tracking.Live(CELL) as live:  # goes on from the first step, the second is measured again
-        live.report(rows[2] | {"images_per_sec": 40.0}, pictures[2], 1.0, 0.0)
+    with followed(CELL) as live:  # goes on from the first step, the second is measured again
+        live.point(rows[2] | {"images_per_sec": 40.0}, pictures[2], 1.0, 0.0)
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["progress"]) == ("FINISHED", "trained")
     write(paths.timing("train", str(CELL)), json.dumps({"seconds": 9.0, "by_step": [rows[1], rows[2] | {"images_per_sec": 40.0}]}))
@@ -179,50 +182,50 @@ def test_a_view_of_the_cells_is_offered_and_a_persons_changes_to_it_are_kept(tre
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
 
     def state() -> Any:
-        tag = json.loads(client.get_experiment("1").tags[view.TAG])
-        assert len(client.get_experiment("1").tags[view.TAG]) < 5000
+        tag = json.loads(client.get_experiment("1").tags[mlflow_forms.TAG])
+        assert len(client.get_experiment("1").tags[mlflow_forms.TAG]) < 5000
         return json.loads(zlib.decompress(base64.b64decode(tag["state"].removeprefix("deflate;"))))
 
-    tracking.sync()
+    mirror.sync()
     charts = state()["compareRunCharts"]
     assert [chart["step"] for chart in charts if chart["type"] == "IMAGE"] == [20]  # the last of the reports
     sections = {section["uuid"] for section in state()["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in charts} <= sections
     edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))
-    tracking.sync()
+    mirror.sync()
     assert next(chart["step"] for chart in state()["compareRunCharts"] if chart["type"] == "IMAGE") == 40
-    mine = json.loads(client.get_experiment("1").tags[view.TAG]) | {"updatedAt": 1, "name": "Mine"}
-    client.set_experiment_tag("1", view.TAG, json.dumps(mine))
-    tracking.sync()
-    assert json.loads(client.get_experiment("1").tags[view.TAG]) == mine
+    mine = json.loads(client.get_experiment("1").tags[mlflow_forms.TAG]) | {"updatedAt": 1, "name": "Mine"}
+    client.set_experiment_tag("1", mlflow_forms.TAG, json.dumps(mine))
+    mirror.sync()
+    assert json.loads(client.get_experiment("1").tags[mlflow_forms.TAG]) == mine
 
 
 @pytest.mark.parametrize("text", ["mine", "[]", "null", '"x"', "{}"])
 def test_a_view_that_is_none_is_offered_again(tree: Path, text: str) -> None:
-    assert tracking.sync()
+    assert mirror.sync()
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
-    offered = client.get_experiment("1").tags[view.TAG]
-    client.set_experiment_tag("1", view.TAG, text)
-    assert tracking.sync()
-    assert client.get_experiment("1").tags[view.TAG] == offered
+    offered = client.get_experiment("1").tags[mlflow_forms.TAG]
+    client.set_experiment_tag("1", mlflow_forms.TAG, text)
+    assert mirror.sync()
+    assert client.get_experiment("1").tags[mlflow_forms.TAG] == offered
 
 
 def test_every_cell_of_a_sweep_has_a_colour_of_its_own(tree: Path) -> None:
     sweep = params.load().sweep
-    colors = [view.color(cell, sweep) for cell in sweep.cells()]
+    colors = [mlflow_forms.color(cell, sweep) for cell in sweep.cells()]
     assert len(set(colors)) == len(colors) == 8
     publish(CELL)
     (run,) = runs(tree)
-    assert run.data.tags["mlflow.runColor"] == view.color(CELL, sweep)
-    assert re.fullmatch("#[0-9a-f]{6}", view.color(CELL, sweep))
+    assert run.data.tags["mlflow.runColor"] == mlflow_forms.color(CELL, sweep)
+    assert re.fullmatch("#[0-9a-f]{6}", mlflow_forms.color(CELL, sweep))
 
 
 def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
     picture = paths.weights(str(CELL)) / "previews" / "00000001.png"
-    figures.save_png(picture, np.zeros((4, 4), np.uint8))
+    grids.save_png(picture, np.zeros((4, 4), np.uint8))
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
-    with tracking.Live(CELL) as live:
-        live.report({"step": 1, "train_loss": 0.9}, picture, 0.25, 75.2)
+    with followed(CELL) as live:
+        live.point({"step": 1, "train_loss": 0.9}, picture, 0.25, 75.2)
         for _ in range(600):
             if runs(tree) and "progress" in (run := runs(tree)[0]).data.tags:
                 break
@@ -232,7 +235,7 @@ def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
 
 
 def test_a_failure_is_shown_with_its_error_until_the_cell_succeeds(tree: Path) -> None:
-    tracking.fail(CELL, "train: the loss became nan")
+    mirror.fail(CELL, "train: the loss became nan")
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["error"]) == ("FAILED", "train: the loss became nan")
     publish(CELL)
@@ -242,14 +245,14 @@ def test_a_failure_is_shown_with_its_error_until_the_cell_succeeds(tree: Path) -
 
 
 def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
-    tracking.fail(CELL, "x")
-    tracking.fail(OTHER, "x")
+    mirror.fail(CELL, "x")
+    mirror.fail(OTHER, "x")
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
     dead, alive = runs(tree)
     for run in (dead, alive):
         client.update_run(run.info.run_id, "RUNNING")
-    with FileLock(tracking._pulse(alive.info.run_id)):
-        assert tracking.sync()
+    with FileLock(pulse(alive.info.run_id)):
+        assert mirror.sync()
     assert [client.get_run(run.info.run_id).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
 
 
@@ -263,7 +266,7 @@ def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> Non
 
 
 def test_sync_leaves_out_what_dvc_does_not_record(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tracking.sync()
+    assert mirror.sync()
     assert "0 of 8 cells have results" in capsys.readouterr().out
     assert not runs(tree)
 
@@ -284,23 +287,23 @@ def test_trouble_with_the_store_is_one_line(
     with sqlite3.connect(tree / "locked.db") as other:
         other.execute("begin exclusive")
         publish(CELL)
-        assert not tracking.sync()
+        assert not mirror.sync()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("MLflow: not recorded") and says in line for line in lines)
 
 
 def test_a_temporary_workspace_writes_to_the_original_store(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert provenance.workspace() == tree
+    assert dvc_forms.workspace() == tree
     for inside in (".dvc/tmp/exps/standalone/tmpabc", ".dvc/tmp/exps/tmpabc"):
         (tree / inside).mkdir(parents=True)
         monkeypatch.chdir(tree / inside)
-        assert provenance.workspace() == tree
-        assert tracking.store_uri() == f"sqlite:///{tree / 'mlflow.db'}"
+        assert dvc_forms.workspace() == tree
+        assert store.uri() == f"sqlite:///{tree / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
-    assert tracking.store_uri() == f"sqlite:///{tree / 'mine.db'}"
+    assert store.uri() == f"sqlite:///{tree / 'mine.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert tracking.store_uri() == "http://server:5000"
+    assert store.uri() == "http://server:5000"
 
 
 def test_artifacts_lie_in_the_workspace(tree: Path) -> None:

@@ -18,9 +18,9 @@ from dvc.fs import localfs
 from dvc.utils import strictyaml
 from filelock import FileLock
 
-from stages import UserError
-from stages.pipeline import params, paths, plan
-from stages.pipeline.provenance import Tree
+from stages.errors import UserError
+from stages.pipeline import dvc_forms, params, paths
+from stages.sweep import plan, repair
 
 ROOT = Path(__file__).parents[2]
 CELL = "mnist-cosine-200-0"
@@ -55,17 +55,17 @@ def dvc_accepts(file: Path) -> bool:
 
 
 def test_a_list_of_readers_that_a_kill_cut_off_is_removed_unless_a_dvc_is_at_work(tree: Path) -> None:
-    plan.mend_rwlock()  # in a folder without DVC too
+    repair.mend_rwlock()  # in a folder without DVC too
     rwlock = tree / ".dvc/tmp/rwlock"
     touch(rwlock)
     rwlock.write_text('{"read": {')
     with FileLock(rwlock.with_name("rwlock.lock")):
-        plan.mend_rwlock()
+        repair.mend_rwlock()
     assert rwlock.exists()
-    plan.mend_rwlock()
+    repair.mend_rwlock()
     assert not rwlock.exists()
     rwlock.write_text("{}")
-    plan.mend_rwlock()
+    repair.mend_rwlock()
     assert rwlock.exists()
 
 
@@ -83,7 +83,7 @@ def test_a_list_of_readers_of_another_form_is_removed(rwlock: Path, content: byt
     rwlock.write_bytes(content)
     with pytest.raises((DvcException, ValueError, RecursionError, AttributeError, TypeError)):  # so DVC would end, every time
         dvc_accepts(rwlock)
-    plan.mend_rwlock()
+    repair.mend_rwlock()
     assert not rwlock.exists()
     assert dvc_accepts(rwlock)
 
@@ -109,16 +109,16 @@ def test_who_reads_and_writes_no_longer_is_taken_out_and_who_does_stays(rwlock: 
             "read": {"/all": list(who.values()), "/other": [who["other"]]},
         }
         rwlock.write_text(json.dumps(listed))
-        plan.mend_rwlock()
+        repair.mend_rwlock()
         assert json.loads(rwlock.read_text()) == {"write": {"/alive": who["alive"]}, "read": {"/all": [who["alive"]]}}
         assert dvc_accepts(rwlock)
         assert "named processes that are gone" in capsys.readouterr().err
         before = rwlock.stat()
-        plan.mend_rwlock()
+        repair.mend_rwlock()
         assert rwlock.stat().st_mtime_ns == before.st_mtime_ns
         assert not capsys.readouterr().err
         os.utime(rwlock, (0, psutil.Process(alive.pid).create_time() - 60))  # a DVC too, but not the one that wrote this
-        plan.mend_rwlock()
+        repair.mend_rwlock()
         assert json.loads(rwlock.read_text()) == {"write": {}, "read": {}}
         assert dvc_accepts(rwlock)
     finally:
@@ -156,7 +156,7 @@ def ask_dvc() -> subprocess.CompletedProcess[str]:
 def lock(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dvc.lock that has to be written yet."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tree.parent))
-    monkeypatch.setattr(plan, "_status", ask_dvc)
+    monkeypatch.setattr(dvc_forms, "status", ask_dvc)
     return tree / "dvc.lock"
 
 
@@ -227,7 +227,7 @@ def test_a_lock_that_no_kill_damaged_stays_byte_for_byte(lock: Path, content: by
 def test_a_lock_that_dvc_refuses_when_mended_is_put_back(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock.write_bytes(cut := WHOLE[: LAST + 300] + b"\xff")
     refusal = subprocess.CompletedProcess([], 1, "", "ERROR: dvc.lock is\n git-ignored\n")
-    monkeypatch.setattr(plan, "_status", lambda: refusal)
+    monkeypatch.setattr(dvc_forms, "status", lambda: refusal)
     with pytest.raises(UserError, match=r"^`dvc status` failed: ERROR: dvc\.lock is git-ignored$"):
         plan.plan()
     assert lock.read_bytes() == cut
@@ -237,7 +237,7 @@ def test_a_lock_that_dvc_refuses_when_mended_is_put_back(lock: Path, monkeypatch
 def test_who_reads_a_lock_that_was_cut_off_is_told_in_one_line(tree: Path, content: bytes) -> None:
     (tree / "dvc.lock").write_bytes(content)
     with pytest.raises(UserError, match=r"^dvc\.lock is (damaged|not YAML)[^\n]*$"):
-        Tree.read().recorded("fetch@mnist")
+        dvc_forms.recorded(dvc_forms.read_lock(), "fetch@mnist")
 
 
 @pytest.mark.usefixtures("tree")

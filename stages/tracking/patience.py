@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages import UserError, masked
-from stages.pipeline.provenance import workspace
-from stages.pipeline.stage import whole_file
+from stages.errors import UserError, masked
+from stages.pipeline.dvc_forms import workspace
+from stages.pipeline.files import whole_file
 
 # All in seconds.
 BUDGET = 10.0  # of waiting, for one `make repro` or one process

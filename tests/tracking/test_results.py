@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from stages import UserError
-from stages.pipeline import paths, plan, results
+from stages.errors import UserError
+from stages.pipeline import paths
 from stages.pipeline.params import Cell
+from stages.sweep import plan
+from stages.tracking import results
 
 CELL = Cell("mnist", "cosine", 200, 0)
 CURVE = "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n"

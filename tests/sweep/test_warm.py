@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.pipeline import warm
+from stages.sweep import warm
 
 ROOT = Path(__file__).parents[2]
 PROBE = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
-from stages import UserError
+from stages.errors import UserError
 
 told = sys.argv[1]
 if told == "sleep":
@@ -29,6 +29,11 @@ if told == "sleep":
         time.sleep(60)
     except KeyboardInterrupt:
         sys.exit(130)
+elif told == "refuse to end":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path("pid").write_text(str(os.getpid()))
+    print(flush=True)
+    time.sleep(60)
 elif told == "refuse":
     sys.exit("probe: refused")
 elif told == "crash":
@@ -43,10 +48,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stages are fork
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with the project's plumbing, but for a library that is soon imported, and one stage that tells of itself."""
-    (tmp_path / "stages" / "pipeline").mkdir(parents=True)
-    for name in ("__init__.py", "pipeline/inputs.py", "pipeline/warm.py"):
+    for name in (
+        "__init__.py",
+        "errors/__init__.py",
+        "pipeline/inputs.py",
+        "pipeline/processes.py",
+        "sweep/warm.py",
+        "tracking/mlflow_forms.py",
+    ):
+        (tmp_path / "stages" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "stages" / name, tmp_path / "stages" / name)
-    plumbing = tmp_path / "stages" / "pipeline" / "warm.py"
+    plumbing = tmp_path / "stages" / "sweep" / "warm.py"
     plumbing.write_text(
         re.sub(r"^LIBRARIES = \(.*?^\)", 'LIBRARIES = ("wave",)', plumbing.read_text(), flags=re.MULTILINE | re.DOTALL)
     )
@@ -57,14 +69,14 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def under_warm(command: str) -> subprocess.CompletedProcess[str]:
     shell = ["sh", "-c", command.replace("python", sys.executable)]
-    return subprocess.run([sys.executable, "-m", "stages.pipeline.warm", *shell], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "stages.sweep.warm", *shell], capture_output=True, text=True, check=False)
 
 
 def started(command: str) -> tuple[subprocess.Popen[str], int]:
     """A stage that sleeps under a warm process: that process, and the process id of the stage."""
     shell = ["sh", "-c", command.replace("python", sys.executable)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages.pipeline.warm", *shell], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "stages.sweep.warm", *shell], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout
     process.stdout.readline()
@@ -125,9 +137,10 @@ def test_a_fork_does_not_outlive_who_asked(workspace: Path) -> None:
     assert is_gone(stage)
 
 
-def test_a_killed_command_takes_its_fork_along(workspace: Path) -> None:
+@pytest.mark.parametrize("told", ["sleep", "refuse to end"])
+def test_a_killed_command_takes_its_fork_along(workspace: Path, told: str) -> None:
     process, stage = started(
-        'exec python -c \'import subprocess, sys; subprocess.run([sys.executable, "-m", "stages.probe", "sleep"])\''
+        f'exec python -c \'import subprocess, sys; subprocess.run([sys.executable, "-m", "stages.probe", "{told}"])\''
     )
     process.terminate()
     process.wait(30)
@@ -163,8 +176,8 @@ def test_another_user_is_not_served(workspace: Path) -> None:
 FOLLOWER = """
 import os, time
 from pathlib import Path
-from stages.pipeline import warm
-warm.end_with_parents()
+from stages.sweep import warm
+processes.end_with_parents()
 Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
 """

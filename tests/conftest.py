@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from mirror import CELL, ROOT, make_files, record
-from mlflow import MlflowClient
+from cells import CELL, ROOT, make_files, record
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database without experiments; to copy one is quicker than to make one."""
+    from mlflow import MlflowClient
+
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path

@@ -1,33 +1,17 @@
-"""params.yaml, read once, checked whole before any data is read; every value frozen and typed, no default in Python."""
+"""What params.yaml may hold: every value frozen, typed and checked, no default in Python."""
 
-import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-from ruamel.yaml import YAML
-from ruamel.yaml.composer import Composer, ComposerError
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, StringConstraints, model_validator
 
-from stages import UserError
 from stages.diffusion.schedules import SCHEDULES
+from stages.errors import UserError
+from stages.pipeline.params.wording import short
 
-PARAMS = Path("params.yaml")
-
-LARGEST, DEEPEST = 100_000, 50  # bytes, and levels, of a YAML file: a person wrote it
-MOST_CELLS, MOST_MISTAKES, MOST_NAMES = 10_000, 20, 50
+MOST_CELLS, MOST_NAMES = 10_000, 50
 
 DatasetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -43,7 +27,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 
 def _as_phases(value: Any) -> Any:
     if isinstance(value, list) and len(value) < 2:
-        raise ValueError(f"{_short(value)} must be a number, or a list of two phases or more")
+        raise ValueError(f"{short(value)} must be a number, or a list of two phases or more")
     return value if isinstance(value, list) else [value]
 
 
@@ -75,7 +59,7 @@ class Sweep(Section):
         for axis in ("datasets", "schedules", "timesteps", "seeds"):
             values = getattr(self, axis)
             if len(set(values)) < len(values):
-                raise ValueError(f"{axis} = {_short(values)} names a value twice; each may appear once")
+                raise ValueError(f"{axis} = {short(values)} names a value twice; each may appear once")
         return self
 
     @model_validator(mode="after")
@@ -89,7 +73,7 @@ class Sweep(Section):
     def _every_beta_inside_0_1(self) -> "Sweep":
         for name, T in itertools.product(self.schedules, {min(self.timesteps), max(self.timesteps)}):
             if name not in SCHEDULES:
-                raise ValueError(f"schedules names {_short(name)}; allowed: {', '.join(SCHEDULES)}")
+                raise ValueError(f"schedules names {short(name)}; allowed: {', '.join(SCHEDULES)}")
             SCHEDULES[name](T)
         return self
 
@@ -227,7 +211,7 @@ class Network(Section):
         levels = len(self.channel_mult)
         if any(level >= levels for level in self.attention_levels):
             raise ValueError(
-                f"attention_levels = {_short(self.attention_levels)} must lie in 0..{levels - 1}: channel_mult has {levels} entries"
+                f"attention_levels = {short(self.attention_levels)} must lie in 0..{levels - 1}: channel_mult has {levels} entries"
             )
         return self
 
@@ -434,150 +418,11 @@ def find_cell(params: Params, name: str) -> Cell:
     cells = {str(cell): cell for cell in params.sweep.cells()}
     if name not in cells:
         more = f" and {len(cells) - MOST_NAMES} more" * (len(cells) > MOST_NAMES)
-        raise UserError(f"{PARAMS}: the sweep has no cell {_short(name)}; it has: {', '.join(list(cells)[:MOST_NAMES])}{more}")
+        raise UserError(f"params.yaml: the sweep has no cell {short(name)}; it has: {', '.join(list(cells)[:MOST_NAMES])}{more}")
     return cells[name]
 
 
-def load(path: Path = PARAMS) -> Params:
-    """The checked parameters. Raises UserError, one line for each mistake."""
-    return _check(read_yaml(path), path)
-
-
-def merged(profile: Path, path: Path = PARAMS) -> str:
-    """The text of params.yaml with the values of a profile, comments kept. Raises UserError when the result is not valid."""
-    load(path)  # what is wrong with it already is told as ever
-    changes = read_yaml(profile)
-    if not isinstance(changes, dict):
-        raise UserError(f"{profile} must map sections to what changes in them, like {PARAMS}")
-    yaml = YAML()  # round-trip
-    yaml.width, yaml.preserve_quotes = 4096, True
-    yaml.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
-    values = yaml.load(path.read_text(encoding="utf-8-sig"))
-    _overwrite(values, changes, where=f"{profile}: ")
-    text = io.StringIO()
-    try:
-        yaml.dump(values, text)
-    except (YAMLError, ValueError) as error:
-        raise UserError(f"{profile} holds what cannot be written: {_cut(' '.join(str(error).split()), 500)}") from None
-    _check(parse_yaml(text.getvalue(), profile), profile)
-    return text.getvalue()
-
-
-def _overwrite(values: Any, changes: dict[str, Any], where: str) -> None:
-    for key, change in changes.items():
-        if key not in values:
-            raise UserError(f"{where}{_short(key, str)} is no key of {PARAMS}; known here: {', '.join(values)}")
-        if key == "longer" and isinstance(change, dict):
-            values[key].clear()  # names that are there are no keys to choose from
-            values[key].update(change)
-        elif isinstance(change, dict) and isinstance(values[key], dict):
-            _overwrite(values[key], change, f"{where}{key}.")
-        elif isinstance(change, list) and isinstance(values[key], list):
-            values[key][:] = change  # the list stays the same object, for a comment behind it belongs to it
-            values[key].fa.set_flow_style()
-        else:
-            values[key] = change
-
-
-def _check(raw: Any, path: Path) -> Params:
-    try:
-        return Params.model_validate(raw)
-    except ValidationError as error:
-        lines = [f"{path}: {_explain(item)}" for item in error.errors()[:MOST_MISTAKES]]
-        more = [f"{path}: and {error.error_count() - MOST_MISTAKES} mistakes more"] * (error.error_count() > MOST_MISTAKES)
-        raise UserError("\n".join(lines + more)) from None
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML 1.2 file as plain dicts and lists. Raises UserError when it is missing, too large or malformed."""
-    try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} allowed; is it the right file?")
-        return parse_yaml(path.read_text(encoding="utf-8-sig"), path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run this from the root of the repository") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-class _Composer(Composer):
-    """Refuses deep nesting, at which it would recurse for long."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """The next node."""
-        if self.depth == DEEPEST:
-            raise ComposerError(None, None, "it is nested too deeply", self.parser.peek_event().start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def parse_yaml(text: str, path: Path) -> Any:
-    """The content of YAML 1.2 text out of a file. Raises UserError when it is malformed."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = _Composer
-    try:
-        value = yaml.load(text)
-    except (YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not YAML: {_cut(' '.join(str(error).split()), 500)}") from None
-    _check_size(value, path)
-    return value
-
-
-def _check_size(value: Any, path: Path) -> None:
-    """Raise UserError where aliases make much, or a circle, of a short text."""
-    waiting, seen = [(value, 0)], 0
-    while waiting:
-        item, depth = waiting.pop()
-        inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else ()
-        seen += len(inner)
-        if seen > LARGEST or depth > DEEPEST:
-            raise UserError(f"{path}: its aliases stand for too much, or for themselves; write the values out")
-        waiting += [(part, depth + 1) for part in inner]
-
-
-def _short(value: Any, show: Callable[[Any], str] = repr) -> str:
-    """A value as an error shows it, cut where it is long."""
-    try:
-        return _cut(show(value), 100)
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__} too long to show"
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
-
-
-def _explain(error: Any) -> str:
-    """One line: the dotted key, what it holds, what is allowed."""
-    loc = error["loc"]
-    key = ".".join(_short(part, str) for part in _without_readers(loc))
-    if error["type"] == "extra_forbidden":
-        return f"{key} is not a known key; known here: {', '.join(_section_at(loc[:-1]).model_fields)}"
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    if error["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{error['ctx']['error']}"
-    if error["type"] == "invalid_key":
-        return f"{key} is no text; keys must be names"
-    return f"{key or 'the whole'} = {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _without_readers(loc: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A pydantic location without the readers, which it names behind the dataset, and behind each dataset of a mix."""
-    if loc[0:1] != ("data",):
-        return loc
-    return (*loc[:2], *loc[3:5], *loc[6:]) if loc[2:4] == ("mix", "of") else loc[:2] + loc[3:]
-
-
-def _section_at(loc: tuple[Any, ...]) -> Any:
+def section_at(loc: tuple[Any, ...]) -> Any:
     """The model of the section at a pydantic location."""
     if loc[0:1] == ("data",):
         sections = (MnistData, GlyphsData, HodaData, ArchiveData, FolderData, MixData)

@@ -1,0 +1,160 @@
+"""All that is known here of DVC's private forms: dvc.lock, its list of who works, what makes a stage out of date, its folders.
+
+Written for DVC 3.67. tests/pipeline/test_dvc_forms.py compares each with what the installed DVC does.
+"""
+
+import contextlib
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError, damaged, sound
+from stages.pipeline import params, paths
+from stages.pipeline.files import md5
+
+VERSION = "3.67"
+YAML, LOCK, WORKING = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/rwlock")
+LOCK_STARTS = b"schema: '2.0'\nstages:\n"
+
+Stage = dict[str, Any]
+"""A section of dvc.yaml: matrix, cmd, params, deps, outs, metrics, plots."""
+Who = dict[str, Any]
+"""A process: pid, cmd."""
+
+
+def workspace() -> Path:
+    """The root of the working tree; for a temporary one of DVC's (`--temp`, the queue), the root it was made from."""
+    here = Path.cwd().resolve()
+    for parent in here.parents:
+        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
+            return parent.parents[2]
+    return here
+
+
+def stages() -> dict[str, Stage]:
+    """The stages of dvc.yaml, by name."""
+    found: dict[str, Stage] = params.read_yaml(YAML)["stages"]
+    return found
+
+
+def status() -> subprocess.CompletedProcess[str]:
+    """What `dvc status --json` gives."""
+    return subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True)
+
+
+def outputs(loaded: params.Params) -> list[str]:
+    """The paths of all that the stages of the sweep write, as dvc.yaml names them."""
+    named = [out for stage in stages().values() for out in paths.outs(stage)]
+    return list(dict.fromkeys(paths.of_item(out, str(cell)) for cell in loaded.sweep.cells() for out in named))
+
+
+def read_lock() -> dict[str, str]:
+    """The entries of dvc.lock; none where there is no such file. Raises UserError when it is no text, or two texts at once."""
+    try:
+        content = LOCK.read_bytes() if LOCK.exists() else b""
+        refuse_conflict(content)
+        return lock_entries(content.decode().replace("\r\n", "\n"))
+    except (OSError, UnicodeError) as error:
+        raise damaged(LOCK, error) from None
+
+
+def lock_entries(text: str) -> dict[str, str]:
+    """The entries of a dvc.lock, by the name of their stage, as text: most are never asked for, and to parse all takes long."""
+    return {entry.partition(":\n")[0].strip(): entry for entry in re.split(r"^(?=  [^\s#])", text, flags=re.MULTILINE)[1:]}
+
+
+def lock_of(entries: dict[str, str]) -> bytes:
+    """A dvc.lock of these entries."""
+    kept = "".join(entries.values()).encode()
+    return LOCK_STARTS + kept if kept else LOCK_STARTS.rstrip() + b" {}\n"
+
+
+def recorded(entries: dict[str, str], stage: str) -> dict[str, Any]:
+    """What dvc.lock says of a stage; nothing where it does not know it. Raises UserError where it is damaged."""
+    entry = params.parse_yaml(entries.get(stage, ""), LOCK)
+    with sound(LOCK):
+        found = dict(entry[stage]) if entry else {}
+        for item in (*found.get("deps", []), *found.get("outs", [])):
+            item["path"], item["md5"]
+        return found
+
+
+def refuse_conflict(content: bytes) -> None:
+    """Raises UserError where a dvc.lock holds two texts at once."""
+    if re.search(rb"^(<<<<<<<|>>>>>>>) ", content, re.MULTILINE):
+        raise UserError(f"{LOCK} has conflict markers of git; `git checkout --ours {LOCK}`, then `dvc repro`")
+
+
+def is_cut(content: bytes) -> bool:
+    """Whether a dvc.lock begins as DVC writes it, or holds nothing, or zeros: a crash may leave these."""
+    start = content.replace(b"\r\n", b"\n")[: len(LOCK_STARTS)]
+    return b"\0" in content or not content.strip() or LOCK_STARTS.startswith(start)
+
+
+def whole_entries(content: bytes) -> dict[str, str]:
+    """Those entries of a dvc.lock that a cut left whole; the last is none of them, for it may look whole."""
+    rest = lock_entries(content.decode(errors="surrogateescape").replace("\r\n", "\n"))
+    if rest:
+        rest.popitem()
+    return {name: entry for name, entry in rest.items() if _is_whole(entry)}
+
+
+def _is_whole(entry: str) -> bool:
+    with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
+        ((_, stage),) = params.parse_yaml(entry, LOCK).items()
+        files = [*stage.get("deps", []), *stage.get("outs", [])]
+        return bool(stage["cmd"]) and all(file["path"] and file["md5"] for file in files)
+    return False
+
+
+def working(listed: Any) -> tuple[dict[str, Who], dict[str, list[Who]]]:
+    """Who writes and who reads each path, by DVC's list. Raises ValueError, or the like, where it has another form."""
+    write, read = listed.get("write", {}), listed.get("read", {})
+    lists = [who for who in read.values() if isinstance(who, list)]
+    known = listed.keys() <= {"write", "read"} and len(lists) == len(read)
+    if not known or not all(
+        who.keys() == {"pid", "cmd"} and isinstance(who["pid"], int) and isinstance(who["cmd"], str)
+        for who in [*write.values(), *itertools.chain(*lists)]
+    ):
+        raise ValueError("not as DVC writes it")
+    return write, read
+
+
+def is_recorded(
+    stages: dict[str, Stage], lock: dict[str, str], cell: params.Cell, loaded: params.Params, *, before: str | None = None
+) -> bool:
+    """Whether a cell's files come from the code, the parameters and the data that are here now: `dvc status` for it alone.
+
+    Args:
+        stages: those that lead to the cell's scores, in order.
+        lock: entries of dvc.lock.
+        before: a stage; it and those after it do not count.
+    """
+    made: dict[str, str] = {}
+    for name, stage in itertools.takewhile(lambda item: item[0] != before, stages.items()):
+        entry = recorded(lock, f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
+        locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
+        if (entry.get("params") or {}).get("params.yaml") != params_of(stage, cell, loaded):
+            return False
+        if locked.keys() != {paths.of_item(dep, str(cell)) for dep in stage["deps"]}:
+            return False
+        if any(digest != (made.get(path) or md5(Path(path))) for path, digest in locked.items()):
+            return False
+        made |= {out["path"]: out["md5"] for out in entry.get("outs", [])}
+    scores = paths.scores("evaluate", str(cell))
+    return before is not None or made.get(str(scores)) == md5(scores)
+
+
+def params_of(stage: Stage, cell: params.Cell, loaded: params.Params) -> dict[str, Any]:
+    """The values of a stage's entries under `params`, by dotted name, as DVC records them."""
+    values = loaded.model_dump()
+    return {name: _at(values, name) for name in (paths.of_item(item, str(cell)) for item in stage["params"])}
+
+
+def _at(values: dict[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values[part]
+    return values

@@ -1,0 +1,56 @@
+"""Processes that end with those that started them. Imports little: every stage begins with it."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+
+GRACE = 1.5  # seconds that a process has to end in good order
+
+
+def dvc_stage() -> tuple[str, str]:
+    """Name of the stage that DVC runs in this process, and of its dataset or cell; empty where there is none."""
+    name, _, item = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
+    return name, item
+
+
+def end_with_parent() -> None:
+    """Get a SIGTERM when the parent is killed, on Linux, so that no orphan goes on writing."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def end_with_parents() -> None:
+    """End when DVC does, or any shell between it and this process: a shell outlives a DVC that is killed."""
+    end_with_parent()
+    above: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            above.append(process)
+            if "DVC_STAGE" not in os.environ or process.environ().get("DVC_STAGE") != os.environ["DVC_STAGE"]:
+                break  # the parent, or DVC itself
+        if above[-1].pid == 1 and "dvc" not in " ".join(above[-1].cmdline()):  # it is gone already
+            sys.exit(143)
+    threading.Thread(target=_follow, args=[above], daemon=True).start()
+
+
+def _follow(processes: list[psutil.Process]) -> None:
+    while all(map(is_alive, processes)):
+        time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that ended and whose end nobody has heard of yet does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -1,0 +1,91 @@
+"""Tells MLflow of a training while it works."""
+
+import contextlib
+import datetime
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from filelock import FileLock
+
+from stages.pipeline.params import Cell
+from stages.tracking import patience, store
+from stages.tracking.mirror import Failing, tell, with_store
+from stages.tracking.patience import Watch
+from stages.tracking.provenance import Tree
+from stages.tracking.runs import claim, known_steps, log_previews, log_steps, pulse
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+class Followed(Failing):
+    """Tells MLflow of a training from a thread of its own: it neither fails nor stalls it. What it could not say, sync says."""
+
+    def __init__(self, stage: str, cell: Cell) -> None:
+        super().__init__(stage, cell)
+        self._cell, self._reports = cell, queue.Queue[_Report | str](maxsize=100)
+        self._ready, self._thread = threading.Event(), threading.Thread(target=self._work, daemon=True)
+        self._watch = Watch(store.uri())
+
+    def start(self) -> None:
+        """Open the store, for at most 5 s: beside a training on all cores it would take both of them several times longer."""
+        self._thread.start()
+        self._ready.wait(min(5, patience.left(store.uri())))
+
+    def point(self, numbers: dict[str, float], picture: Path, share: float, seconds_left: float) -> None:
+        """Put on record how things stand."""
+        progress = f"{share:.0%}, {datetime.timedelta(seconds=round(seconds_left))} left"
+        with contextlib.suppress(queue.Full):
+            self._reports.put_nowait(_Report(numbers, picture, progress))
+
+    def end(self, error: BaseException | None) -> None:
+        """End the run; at most 5 s late."""
+        with contextlib.suppress(queue.Full):
+            self._reports.put_nowait("FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED")
+        began = time.monotonic()
+        self._thread.join(min(5, patience.left(store.uri())))
+        if self._watch.under_way() > patience.QUICK:
+            patience.note(store.uri(), time.monotonic() - began, tell(self._watch.late()))
+        self._watch.give_up()
+        super().end(error)
+
+    def _work(self) -> None:
+        def work(client: "MlflowClient", experiment: str) -> str:
+            run = claim(client, experiment, Tree.read(), self._cell)
+            client.update_run(run.info.run_id, "RUNNING")
+            opened.append((store.watched(client, self._watch), run))
+            return f"following {self._cell}"
+
+        opened: list[tuple[MlflowClient, Run]] = []
+        try:
+            with_store(work)
+        finally:
+            self._ready.set()
+        for client, run in opened:
+            self.run_id = run.info.run_id
+            try:
+                self._follow(client, run)
+            except Exception as error:  # a training goes on, whatever it is
+                if not self._watch.given_up:  # else it is told already
+                    tell(error)
+
+    def _follow(self, client: "MlflowClient", run: "Run") -> None:
+        run_id = run.info.run_id
+        with FileLock(pulse(run_id)):
+            known = known_steps(client, run_id)
+            while isinstance(report := self._reports.get(), _Report):
+                log_steps(client, run, [report.metrics], known)
+                log_previews(client, run_id, {int(report.preview.stem): report.preview.read_bytes()})
+                client.set_tag(run_id, "progress", report.progress)
+            client.set_tag(run_id, "progress", "trained" if report == "FINISHED" else "stopped")
+            client.set_terminated(run_id, report)
+
+
+class _Report(NamedTuple):
+    metrics: dict[str, float]
+    preview: Path
+    progress: str

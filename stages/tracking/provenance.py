@@ -1,0 +1,88 @@
+"""What decides a cell's results, and what DVC records of them: the run key, the digest of the raw data, the parameters."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError, masked
+from stages.pipeline import dvc_forms, params, paths
+from stages.pipeline.files import content_hash
+from stages.pipeline.params import Cell
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The working tree, read once: the stages that lead to a cell's scores, what dvc.lock says of them, the parameters.
+
+    `lock` holds the text of each stage's entry.
+    """
+
+    stages: dict[str, Any]
+    lock: dict[str, str]
+    params: params.Params
+
+    @classmethod
+    def read(cls) -> "Tree":
+        """The tree in the current folder."""
+        stages = {name: stage for name, stage in dvc_forms.stages().items() if "matrix" in stage}
+        return cls(stages, dvc_forms.read_lock(), params.load())
+
+    def key(self, cell: Cell) -> str:
+        """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
+
+        It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
+        never an output, nor line endings. Raises UserError when DVC did not fetch the raw data.
+        """
+        code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
+        text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
+        flat = self._chain(cell)
+        decisive = {name: value for name, value in flat.items() if not _decides_no_pixel(name)}
+        return content_hash([decisive, text, self.raw_digest(cell.dataset)])[:32]
+
+    def raw_digest(self, dataset: str) -> str:
+        """MD5 that DVC gave the raw data of a dataset."""
+        for out in dvc_forms.recorded(self.lock, f"fetch@{dataset}").get("outs", []):
+            if out["path"] == str(paths.raw(dataset)):
+                return str(out["md5"])
+        raise UserError(f"dvc.lock does not record {paths.raw(dataset)}; `dvc repro fetch@{dataset}` does")
+
+    def chain_params(self, cell: Cell) -> dict[str, Any]:
+        """The parameters that lead to a cell's scores, by dotted name, as its dataset sees them, and what makes the cell.
+
+        For the record: secrets in them are masked.
+        """
+        return {name: masked(value) if isinstance(value, str) else value for name, value in self._chain(cell).items()}
+
+    def _chain(self, cell: Cell) -> dict[str, Any]:
+        flat: dict[str, Any] = {"dataset": cell.dataset, "schedule": cell.schedule, "T": cell.T, "seed": cell.seed}
+        seen = self.params.model_copy(update={"train": self.params.train.of(cell.dataset)})
+        for stage in self.stages.values():
+            for name, value in dvc_forms.params_of(stage, cell, seen).items():
+                flat |= _flatten(name, value)
+        return flat
+
+    def without_last_phase(self) -> "Tree | None":
+        """The tree as it would be with one phase of training less; None where there is but one."""
+        train = self.params.train
+        if len(train.images) == 1:
+            return None
+        shorter = train.model_copy(update={"images": train.images[:-1]})
+        return replace(self, params=self.params.model_copy(update={"train": shorter}))
+
+    def is_recorded(self, cell: Cell, *, before: str | None = None) -> bool:
+        """Whether, by dvc.lock, the cell's files come from the code, the parameters and the data that are here now.
+
+        `before`: a stage; it and those after it do not count.
+        """
+        return dvc_forms.is_recorded(self.stages, self.lock, cell, self.params, before=before)
+
+
+def _decides_no_pixel(name: str) -> bool:
+    """Whether a parameter says from where the raw data came, whose digest says what they are, or what they are licensed as."""
+    return name.startswith("data.") and name.rpartition(".")[2] in ("path", "url", "drive", "sha256", "licence", "strict")
+
+
+def _flatten(dotted: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {dotted: value}
+    return {name: leaf for part, inner in value.items() for name, leaf in _flatten(f"{dotted}.{part}", inner).items()}
