@@ -12,9 +12,10 @@ import re
 import sqlite3
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stages.pipeline.params import Cell, Sweep
+if TYPE_CHECKING:
+    from stages.pipeline.params import Cell, Sweep
 
 VERSION = "3.17"
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}  # MLflow reads them when it is imported
@@ -52,7 +53,7 @@ _LINE = {
 }
 
 
-def color(cell: Cell, sweep: Sweep) -> str:
+def color(cell: "Cell", sweep: "Sweep") -> str:
     """The colour of a cell's run, #rrggbb: a hue for each dataset and schedule, darker at smaller T. MLflow's own may coincide."""
     kinds, T = list(itertools.product(sweep.datasets, sweep.schedules)), sorted(sweep.timesteps)
     hue = kinds.index((cell.dataset, cell.schedule)) / len(kinds)

@@ -139,7 +139,7 @@ def test_a_store_that_hangs_in_the_middle_ends_no_later(
     """A process that gave a store up ends at once, though a thread of it still waits."""
     server = Server(say_nothing)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    program = "from stages.pipeline import patience, tracking\npatience.CALL = 0.5\nprint(mirror.sync())"
+    program = "from stages.tracking import mirror, patience\npatience.CALL = 0.5\nprint(mirror.sync())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60 + GENEROUS)
     server.shutdown()
     assert (done.returncode, done.stdout) == (0, "False\n")
