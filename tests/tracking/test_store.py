@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from stages.errors import UserError
 from stages.tracking import mirror, mlflow_forms, store
 
-MAKE = "from stages.pipeline import tracking\nprint('started', flush=True)\ntracking.sync()"
+MAKE = "from stages.tracking import mirror\nprint('started', flush=True)\nmirror.sync()"
 
 
 def client(tree: Path) -> MlflowClient:
