@@ -26,11 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import speed  # noqa: E402
 from stages.datasets.images import to_float, to_uint8  # noqa: E402
-from stages.drawing.weights import load_tensors  # noqa: E402
-from stages.evaluate import score_set  # noqa: E402
-from stages.fidelity.frechet import Gaussian  # noqa: E402
+from stages.evaluate import Judge, score_set  # noqa: E402
 from stages.pipeline import params, paths  # noqa: E402
-from stages.pipeline.checkpoint import load_classifier  # noqa: E402
 from stages.pipeline.files import read_json  # noqa: E402
 
 DATASET = "mnist"
@@ -99,12 +96,7 @@ def baseline(seconds: float, samples: int) -> dict[str, float]:
                 x = chain.step(net(x, t).sample, t, x).prev_sample
             drawn.append(to_uint8(x[..., 2:-2, 2:-2]))
     rate = samples / (time.perf_counter() - start)
-    reference, about = load_tensors(paths.reference(DATASET))
-    real = Gaussian(reference["mean"].numpy(), reference["cov"].numpy(), about["images"])
-    scores = score_set(
-        load_classifier(paths.extractor(DATASET)), real, reference["features"], read_json(paths.scores("reference", DATASET)),
-        {"images": torch.cat(drawn), "labels": torch.full((samples,), -1)}, 2,
-    )  # fmt: skip
+    scores = score_set(Judge.load(DATASET), torch.cat(drawn), torch.full((samples,), -1), min_scored=2)
     return {"images": seen, "samples": samples, "samples_per_second": round(rate, 1), **row(scores)}
 
 

@@ -20,12 +20,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from stages.drawing.weights import load_tensors  # noqa: E402
-from stages.evaluate import score_set  # noqa: E402
-from stages.fidelity.frechet import Gaussian  # noqa: E402
+from stages.evaluate import Judge, score_set  # noqa: E402
+from stages.fidelity.rounding import rounded  # noqa: E402
 from stages.pipeline import figures, params, paths  # noqa: E402
-from stages.pipeline.checkpoint import load_classifier  # noqa: E402
-from stages.pipeline.files import read_json  # noqa: E402
 from stages.sample import Chain, How, class_counts, class_sequence  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -52,11 +49,7 @@ class Drawer:
     def __init__(self, name: str) -> None:
         self.params = params.load()
         self.cell = params.find_cell(self.params, name)
-        dataset = self.cell.dataset
-        self.reference, about = load_tensors(paths.reference(dataset))
-        self.real = Gaussian(self.reference["mean"].numpy(), self.reference["cov"].numpy(), about["images"])
-        self.floors, self.classifier = read_json(paths.scores("reference", dataset)), load_classifier(paths.extractor(dataset))
-        self.counts = class_counts(dataset)
+        self.judge, self.counts = Judge.load(self.cell.dataset), class_counts(self.cell.dataset)
 
     def row(self, how: How, n: int, **changes: Any) -> dict[str, Any]:
         """Network evaluations for each image and the scores of n of them, with some keys of `sample` changed."""
@@ -64,10 +57,8 @@ class Drawer:
             self.cell, self.params.sample.model_copy(update=changes), paths.weights(str(self.cell)) / "ema.safetensors", self.counts
         )
         images, _, evaluations = chain.draw(n, how, label=f"{self.cell} {how[0]} {how[2]} {changes}")
-        drawn = {"images": images, "labels": class_sequence(torch.arange(n), self.counts)}
-        scores = score_set(
-            self.classifier, self.real, self.reference["features"], self.floors, drawn, self.params.evaluate.min_scored
-        )
+        labels = class_sequence(torch.arange(n), self.counts)
+        scores = score_set(self.judge, images, labels, self.params.evaluate.min_scored)
         names = ("precision", "recall", "fid", "accuracy")
         flat = {f"{name}{part}": scores[name][key] for name in names for part, key in PARTS.items()}
         return {"cell": str(self.cell), "images": n, "evaluations": evaluations} | flat
@@ -137,7 +128,7 @@ def main() -> None:
     with (folder / f"{args.study}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+        writer.writerows(rounded(rows))
     figures.save_lines(folder / f"{args.study}.png", figure.pop("panels"), **figure)
     print(json.dumps(rows))
 

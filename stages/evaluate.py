@@ -7,9 +7,13 @@ there is none.
 Run: python -m stages.evaluate CELL
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +23,10 @@ from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample,
 from stages.diffusion.schedules import noise_levels
 from stages.drawing.weights import load_network, load_tensors
 from stages.errors import UserError
-from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
-from stages.fidelity.frechet import Gaussian, fid
-from stages.fidelity.manifold import precision_recall
+from stages.fidelity.class_tv import class_histogram
+from stages.fidelity.frechet import Gaussian
+from stages.fidelity.metrics import METRICS, Score
+from stages.fidelity.sets import Fake, Real
 from stages.networks.classifier import CHUNK, Classifier, classify
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths
@@ -32,69 +37,75 @@ from stages.tracking.mirror import Scored
 
 LOSS_CHUNK = 256  # images at a time, for the network and for the likelihood
 
-Score = dict[str, float | None]
+Json = dict[str, Any]
 
 
 def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
-    """Score both sets, measure the losses, write."""
-    classifier = load_classifier(paths.extractor(cell.dataset))
-    reference, about = load_tensors(paths.reference(cell.dataset))
-    real = Gaussian(reference["mean"].numpy(), reference["cov"].numpy(), about["images"])
-    floors = read_json(paths.scores("reference", cell.dataset))
-
-    def scored(drawn: dict[str, Tensor]) -> dict[str, Any]:
-        return score_set(classifier, real, reference["features"], floors, drawn, evaluate.min_scored)
-
-    scores: dict[str, Any] = {}
+    """Score the sets, measure the losses, write, publish."""
+    judge = Judge.load(cell.dataset)
+    scores: Json = {}
     for name in ("fast", "ancestral"):
         drawn, sampling = load_tensors(paths.samples(str(cell)) / f"{name}.safetensors")
-        scores[name] = {"sampling": sampling, **scored(drawn)}
+        scores[name] = {"sampling": sampling, **score_set(judge, drawn["images"], drawn["labels"], evaluate.min_scored)}
     drawn, _ = load_tensors(paths.samples(str(cell)) / "snapshots.safetensors")
     scores["over_training"] = [
-        {"trained_images": trained, **scored({"images": images, "labels": drawn["labels"]})}
+        {"trained_images": trained, **score_set(judge, images, drawn["labels"], evaluate.min_scored)}
         for trained, images in zip(drawn["trained_images"].tolist(), drawn["images"], strict=True)
     ]
     scores |= measure_losses(cell, evaluate)
     write_json(paths.scores("evaluate", str(cell)), scores)
 
 
-def score_set(
-    net: Classifier, real: Gaussian, real_features: Tensor, floors: dict[str, Any], drawn: dict[str, Tensor], min_scored: int
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Judge:
+    """What the samples of a dataset are scored with: the classifier, the real images, and what metrics/reference/D.json holds."""
+
+    classifier: Classifier
+    real: Real
+    floors: Json
+
+    @classmethod
+    def load(cls, dataset: str) -> "Judge":
+        """From the files of the stages `extractor` and `reference`."""
+        tensors, about = load_tensors(paths.reference(dataset))
+        floors = read_json(paths.scores("reference", dataset))
+        gaussian = Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"])
+        shares = {name: floors[name]["value"] for name in floors.keys() & METRICS.keys() if floors[name]}
+        real = Real(gaussian, tensors["features"], np.array(floors["class_frequencies"]), shares)
+        return cls(load_classifier(paths.extractor(dataset)), real, floors)
+
+    def floor(self, name: str, n: int) -> float | None:
+        """What real images score: n of them, where the metric depends on how many; None where that was not measured."""
+        metric = METRICS[name]
+        if metric.floor is not None:
+            return metric.floor
+        floor = self.floors["sets"].get(str(n), {}).get(name) if metric.depends_on_n else self.floors[name]
+        return floor["value"] if floor else None
+
+
+def score_set(judge: Judge, images: Tensor, labels: Tensor, min_scored: int) -> Json:
     """Scores of one set of samples.
 
-    `fid`, `class_tv`, `precision` and `recall` depend on N, so they are left out below `min_scored` images, where `scored`
-    is false; their floor holds for one N only and is null at another.
+    Metrics that depend on N are left out below `min_scored` images, where `scored` is false; their floor holds for one N only
+    and is null at another.
 
     Args:
-        real: of the features of the test split.
-        real_features: (N, D), of as many test images, or of all where there are fewer; classes at their frequencies.
-        floors: metrics/reference/D.json.
-        drawn: `images` (N, 1, H, W) uint8 and `labels` (N,) int64, the labels asked for; -1 where none was.
+        judge: of the dataset.
+        images: (N, 1, H, W) uint8.
+        labels: (N,) int64, the labels asked for; -1 where none was.
+        min_scored: at least 4.
     """
-    labels, N = drawn["labels"], len(drawn["labels"])
-    features, probabilities = classify(net, map(to_float, drawn["images"].split(CHUNK)))
-    histogram = class_histogram(probabilities)
-    share, error = confident(probabilities)
-    real_share = floors["confident"]["value"]
-    scored = min_scored <= N
-    scores: dict[str, Any] = {"images": N, "scored": scored}
-    if scored:
-        floor = floors["sets"].get(str(N))
-        scores["fid"] = _score(*fid(real, features), floor and floor["fid"]["value"])
-        tv = class_tv(floors["class_frequencies"], histogram)
-        scores["class_tv"] = _score(*tv, floor and floor["class_tv"]["value"])
-        for name, found in zip(("precision", "recall"), precision_recall(real_features[:N], features), strict=True):
-            scores[name] = _score(*found, floor and floor[name]["value"])
-    unconditional = bool((labels < 0).any())
-    scores["accuracy"] = None if unconditional else _score(*accuracy(labels, probabilities), floors["accuracy"]["value"])
-    scores["confident"] = _score(share, error, real_share)
-    scores["confident_ratio"] = _score(share / real_share, error / real_share, 1.0) if real_share else None
-    scores["class_histogram"] = histogram.tolist()
-    return scores
+    fake = Fake(*classify(judge.classifier, map(to_float, images.split(CHUNK))), labels)
+    scored = min_scored <= fake.n
+    scores: Json = {"images": fake.n, "scored": scored}
+    for name, metric in METRICS.items():
+        if scored or not metric.depends_on_n:
+            found = metric.measure(judge.real, fake)
+            scores[name] = found and Score(*found, judge.floor(name, fake.n)).to_json()
+    return scores | {"class_histogram": class_histogram(fake.probabilities).tolist()}
 
 
-def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, Any]:
+def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
     """Losses of the network, told the labels, on test images: the same images in every cell of a dataset.
 
     Each image gets the same normal draws in every cell, but at noise levels that differ with schedule and T; on `logsnr_grid` the
@@ -107,57 +118,148 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     Raises:
         UserError: evaluate.images exceeds the test split.
     """
-    test, _ = load_tensors(paths.prepared(cell.dataset) / "test.safetensors")
-    n, wanted = len(test["labels"]), evaluate.images
-    if wanted > n:
-        raise UserError(f"params.yaml: evaluate.images = {wanted} must be at most {n}, the test images of {cell.dataset}")
-    net, about = load_network(paths.weights(str(cell)) / "ema.safetensors")
-    prediction = about["diffusion"]["prediction"]
     rng = torch.Generator().manual_seed(0)
-    picked = torch.randperm(n, generator=rng)[:wanted]
-    x0, y = to_float(test["images"][picked]), test["labels"][picked]
-    how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
-    table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], **how))
-    noisiest, cleanest = logsnr(torch.from_numpy(noise_levels(*about["levels"], size=about["size"], **how))[[-1, 0]]).tolist()
-    grid = [level for level in evaluate.logsnr if noisiest <= level <= cleanest]
+    x0, y = pick_images(cell.dataset, evaluate.images, rng)
+    net, about = load_network(paths.weights(str(cell)) / "ema.safetensors")
+    table, grid = known_levels(cell, about, evaluate.logsnr)
+    levels = draw_levels(table, grid, evaluate.draws, len(x0), rng)
 
-    # Draw k of an image takes its u from the k-th part of [0, 1), the same in every cell: for eps_mse the same part of the chain.
-    def stratified() -> Tensor:
-        u = [
-            (torch.randperm(wanted, generator=rng) + torch.rand(wanted, generator=rng, dtype=torch.float64)) / wanted for _ in draws
-        ]
-        return torch.stack([(k + part) / len(draws) for k, part in zip(draws, u, strict=True)])
+    # The order of the draws: all levels above, then the noise at each of them, then that of the decoder.
+    predict_at: Predict = functools.partial(predict, net, about["diffusion"]["prediction"], x0, y, rng=rng)
+    x0_errors, eps_errors = errors_at(predict_at, x0, levels.alpha_bar)
+    first = table[:1].expand(len(x0))
+    x0_hat, _ = predict_at(first)
 
-    draws = range(evaluate.draws)
-    chance = step_chances(table)
-    bound_t = torch.searchsorted(chance.cumsum(0), stratified(), right=True).clamp(max=cell.T - 1)
-    levels = [*table[(stratified() * cell.T).long()], *table[bound_t]]
-    levels += [alpha_bar_of(torch.full((wanted,), level)) for level in grid]
-    levels.append(table[:1].expand(wanted))
-    bar = progress(levels, total=len(levels), unit="level", label="losses")
-    x0_errors, eps_errors = [], []
-    for alpha_bar in bar:
-        x0_hat, eps_error = predict(net, prediction, x0, y, alpha_bar, rng)
-        x0_errors.append((x0_hat.double() - x0).square().flatten(1).mean(1))
-        eps_errors.append(eps_error)
-    on_grid = [
-        {"logsnr": level, "x0_mse": _mean(x0_errors[k]), "eps_mse": _mean(eps_errors[k])}
-        for k, level in enumerate(grid, start=2 * len(draws))
-    ]
-
-    # The bound: the decoder stands for t = 0, which counts for nothing among the steps. Draws of one image are no new images.
-    drawn = zip(x0_errors[len(draws) :], bound_t, strict=False)
-    steps = torch.stack([step_kl(error, table[t], table[t - 1]) / chance[t] for error, t in drawn]).mean(0)
-    chunks = zip(x0.split(LOSS_CHUNK), x0_hat.split(LOSS_CHUNK), alpha_bar.split(LOSS_CHUNK), strict=True)
-    decoder = torch.cat([decoder_nll(*chunk) for chunk in chunks])
-    parts = {"prior": prior_kl(x0, table[-1]), "steps": steps, "decoder": decoder}
+    nats = {
+        "prior": prior_kl(x0, table[-1]),
+        "steps": nats_of_steps(levels.of_bound(x0_errors), levels.bound_t, table),
+        "decoder": nats_of_decoder(x0, x0_hat, first),
+    }
     return {
-        "eps_mse": _mean(torch.stack(eps_errors[: len(draws)]).mean(0)),
-        "bits_per_dim": _mean(sum(parts.values(), torch.zeros(())) / math.log(2)),
-        **{f"bits_of_{name}": _mean(nats / math.log(2)) for name, nats in parts.items()},
-        "logsnr_grid": on_grid,
+        "eps_mse": mean_score(levels.of_uniform(eps_errors).mean(0)),
+        "bits_per_dim": mean_score(sum(nats.values(), torch.zeros(())) / math.log(2)),
+        **{f"bits_of_{name}": mean_score(part / math.log(2)) for name, part in nats.items()},
+        "logsnr_grid": [
+            {"logsnr": level, "x0_mse": mean_score(x0_error), "eps_mse": mean_score(eps_error)}
+            for level, x0_error, eps_error in zip(grid, levels.of_grid(x0_errors), levels.of_grid(eps_errors), strict=True)
+        ],
         "network": "shared" if about["train"]["shared"] else "own",
     }
+
+
+def pick_images(dataset: str, wanted: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Test images, (N, 1, H, W) float32 in [-1, 1], and their labels, (N,) int64, for N = wanted.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
+    n = len(test["labels"])
+    if wanted > n:
+        raise UserError(f"params.yaml: evaluate.images = {wanted} must be at most {n}, the test images of {dataset}")
+    picked = torch.randperm(n, generator=rng)[:wanted]
+    return to_float(test["images"][picked]), test["labels"][picked]
+
+
+def known_levels(cell: params.Cell, about: Json, asked: list[float]) -> tuple[Tensor, list[float]]:
+    """alpha_bar of the cell's chain, (T,) float64, and those of the log-SNRs asked for that the network was trained at.
+
+    Args:
+        cell: it names schedule and T.
+        about: what the file of the weights says of the network.
+        asked: log-SNRs.
+    """
+
+    def alpha_bar(schedule: str, T: int) -> Tensor:
+        how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
+        return torch.from_numpy(noise_levels(schedule, T, size=about["size"], **how))
+
+    noisiest, cleanest = logsnr(alpha_bar(*about["levels"])[[-1, 0]]).tolist()
+    return alpha_bar(cell.schedule, cell.T), [level for level in asked if noisiest <= level <= cleanest]
+
+
+class Levels(NamedTuple):
+    """The noise levels at which N images are asked about: draws of t, uniform ones and those of the bound, and a grid."""
+
+    bound_t: Tensor
+    """(draws, N) int64, the t drawn for the bound."""
+    alpha_bar: Tensor
+    """(2 draws + grid, N) float64: at uniform t, at `bound_t`, on the grid."""
+
+    def of_uniform(self, values: Tensor) -> Tensor:
+        """Those of values, (2 draws + grid, N), that belong to t uniform in 0..T-1: (draws, N)."""
+        return values[: len(self.bound_t)]
+
+    def of_bound(self, values: Tensor) -> Tensor:
+        """Those that belong to `bound_t`: (draws, N)."""
+        return values[len(self.bound_t) : 2 * len(self.bound_t)]
+
+    def of_grid(self, values: Tensor) -> Tensor:
+        """Those that belong to the grid: (grid, N)."""
+        return values[2 * len(self.bound_t) :]
+
+
+def draw_levels(table: Tensor, grid: list[float], draws: int, N: int, rng: torch.Generator) -> Levels:
+    """Noise levels for N images: `draws` of each kind of t for every image, and the grid, the same for all.
+
+    Args:
+        table: (T,) float64, alpha_bar.
+        grid: log-SNRs.
+        draws: how many.
+        N: of images.
+        rng: the t of the bound are drawn first.
+    """
+    T = len(table)
+    bound_t = torch.searchsorted(step_chances(table).cumsum(0), stratified(draws, N, rng), right=True).clamp(max=T - 1)
+    uniform_t = (stratified(draws, N, rng) * T).long()
+    on_grid = [alpha_bar_of(torch.full((N,), level)) for level in grid]
+    return Levels(bound_t, torch.stack([*table[uniform_t], *table[bound_t], *on_grid]))
+
+
+def stratified(draws: int, N: int, rng: torch.Generator) -> Tensor:
+    """Numbers in [0, 1), (draws, N) float64: draw k of every image lies in the k-th part, in one of its N strata.
+
+    So draw k of an image is about the same part of the chain in every cell.
+    """
+    parts = [(torch.randperm(N, generator=rng) + torch.rand(N, generator=rng, dtype=torch.float64)) / N for _ in range(draws)]
+    return torch.stack([(k + part) / draws for k, part in enumerate(parts)])
+
+
+Predict = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""alpha_bar, (N,) -> what `predict` says of the images at these noise levels."""
+
+
+def errors_at(predict_at: Predict, x0: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared errors of x0_hat and of eps_hat, mean over pixels, each (L, N) float64, at L noise levels of every image.
+
+    Args:
+        predict_at: it draws noise in the order of the levels.
+        x0: (N, 1, H, W) float32 in [-1, 1].
+        alpha_bar: (L, N) float64.
+    """
+    x0_errors, eps_errors = [], []
+    for level in progress(alpha_bar, total=len(alpha_bar), unit="level", label="losses"):
+        x0_hat, eps_error = predict_at(level)
+        x0_errors.append((x0_hat.double() - x0).square().flatten(1).mean(1))
+        eps_errors.append(eps_error)
+    return torch.stack(x0_errors), torch.stack(eps_errors)
+
+
+def nats_of_steps(x0_errors: Tensor, t: Tensor, table: Tensor) -> Tensor:
+    """What the steps count for in the bound, (N,) float64: the mean over draws of t, which are no new images.
+
+    Args:
+        x0_errors: (draws, N) float64, of x0_hat at t.
+        t: (draws, N) int64, drawn by `step_chances`: never 0, where the decoder stands.
+        table: (T,) float64, alpha_bar.
+    """
+    return (step_kl(x0_errors, table[t], table[t - 1]) / step_chances(table)[t]).mean(0)
+
+
+def nats_of_decoder(x0: Tensor, x0_hat: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the decoder, which stands for t = 0, counts for in the bound, (N,) float64; in chunks, for its memory."""
+    chunks = zip(x0.split(LOSS_CHUNK), x0_hat.split(LOSS_CHUNK), alpha_bar.split(LOSS_CHUNK), strict=True)
+    return torch.cat([decoder_nll(*chunk) for chunk in chunks])
 
 
 @torch.inference_mode()
@@ -184,14 +286,10 @@ def predict(
     return torch.cat(predicted), torch.cat(errors)
 
 
-def _mean(values: Tensor) -> Score:
-    """Mean over images with its standard error; null for a single image, which has none."""
+def mean_score(values: Tensor) -> Json:
+    """Mean over images, (N,), with its standard error; null for a single image, which has none. Losses have no floor."""
     error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
-    return _score(values.mean().item(), error, None)
-
-
-def _score(value: float, error: float | None, floor: float | None) -> Score:
-    return {"value": value, "error": error, "floor": floor}
+    return Score(values.mean().item(), error).to_json()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.datasets.images import to_float
 from stages.drawing.weights import device, load_tensors
 from stages.errors import UserError
-from stages.fidelity.agreement import accuracy
+from stages.fidelity.agreement import agreement
 from stages.networks.classifier import CHUNK, FEATURES, Classifier, classify, shift
 from stages.pipeline import params, paths
 from stages.pipeline.checkpoint import save_tensors
@@ -40,7 +40,7 @@ def main(dataset: str, extractor: params.Extractor) -> dict[str, Any]:
 
     _, probabilities = classify(net, map(to_float, test["images"].split(CHUNK)))
     scores = {
-        "accuracy": dict(zip(("value", "error"), accuracy(test["labels"], probabilities), strict=True)),
+        "accuracy": dict(zip(("value", "error"), agreement(test["labels"], probabilities), strict=True)),
         "train_images": extractor.images,
         "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "features": FEATURES,

@@ -27,6 +27,7 @@ from stages.diffusion import process
 from stages.diffusion.schedules import noise_levels
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError
+from stages.fidelity.rounding import significant
 from stages.networks import ema
 from stages.networks.balance import Balance
 from stages.networks.muon import Muon
@@ -46,6 +47,7 @@ CODE = (
     "datasets/images",
     "diffusion/process",
     "diffusion/schedules",
+    "fidelity/rounding",
     *(f"networks/{n}" for n in ("balance", "ema", "muon", "unet")),
 )
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
@@ -150,7 +152,7 @@ def main(
                 if step in report_at:
                     val_loss = _validate(errors_of, net_ema, images[held_out], labels[held_out], T)
                     row = {"step": step, "images": step * train.batch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-                    curve.append({key: float(f"{value:.6g}") for key, value in row.items()})
+                    curve.append({key: float(significant(value)) for key, value in row.items()})
                     rate = (step - marked) * train.batch / elapsed
                     clock.append({"step": step, "images_per_sec": round(rate, 1), **peak_memory(), **checkpoint.device_memory()})
                     losses.clear()
@@ -347,7 +349,7 @@ def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("step", "images", "lr", "train_loss", "val_loss"), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in curve)
+        writer.writerows({key: significant(value) for key, value in row.items()} for row in curve)
 
 
 if __name__ == "__main__":

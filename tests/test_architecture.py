@@ -73,13 +73,16 @@ def code_of(name: str, sources: dict[str, str]) -> str | None:
     return next((file for file in (f"{path}.py", f"{path.rpartition('/')[0]}.py") if file in sources), None)
 
 
-def closure(stage: str, sources: dict[str, str]) -> set[str]:
-    """The files that can change a stage's result: its own and the science it imports, directly or through the loaders.
+DECIDING = ("stages/pipeline/checkpoint.py", "stages/pipeline/stage.py")  # they build networks and round results
 
-    pipeline/ is plumbing, so what it imports does not count, but for the networks that functions of checkpoint.py build.
+
+def closure(stage: str, sources: dict[str, str]) -> set[str]:
+    """The files that can change a stage's result: its own and the science it imports, directly or through the plumbing.
+
+    pipeline/ is plumbing, so what it imports does not count, but for what functions of the files in DECIDING use of the science.
     """
     start = f"stages/{stage}.py"
-    found, waiting = {start}, [*imports(sources[start]), *built_by_loaders(sources[start], sources)]
+    found, waiting = {start}, [*imports(sources[start]), *used_by_plumbing(sources[start], sources)]
     while waiting:
         file = code_of(waiting.pop(), sources)
         if file and file not in found and room(file) in SCIENCE:
@@ -88,15 +91,15 @@ def closure(stage: str, sources: dict[str, str]) -> set[str]:
     return found
 
 
-def built_by_loaders(source: str, sources: dict[str, str]) -> Iterator[str]:
-    """Dotted names of the science that those functions of checkpoint.py use which a source names."""
-    loaders = sources["stages/pipeline/checkpoint.py"]
-    known = {name.rpartition(".")[2]: name for name in imports(loaders)}
+def used_by_plumbing(source: str, sources: dict[str, str]) -> Iterator[str]:
+    """Dotted names of the science that those functions in DECIDING use which a source names."""
     named = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     named |= {name.rpartition(".")[2] for name in imports(source)}
-    for function in ast.parse(loaders).body:
-        if isinstance(function, ast.FunctionDef) and function.name in named:
-            yield from (known[node.id] for node in ast.walk(function) if isinstance(node, ast.Name) and node.id in known)
+    for path in DECIDING:
+        known = {name.rpartition(".")[2]: name for name in imports(sources[path])}
+        for function in ast.parse(sources[path]).body:
+            if isinstance(function, ast.FunctionDef) and function.name in named:
+                yield from (known[node.id] for node in ast.walk(function) if isinstance(node, ast.Name) and node.id in known)
 
 
 @pytest.mark.parametrize("stage", GRAPH)
@@ -108,7 +111,8 @@ def test_code_deps_are_the_import_closure(stage: str) -> None:
 
 def test_closure_follows_science_but_not_plumbing() -> None:
     sources = {
-        "stages/a.py": "from stages.networks.n import f\nfrom stages.pipeline import checkpoint, plot\ncheckpoint.load()",
+        "stages/a.py": "from stages.networks.n import f\nfrom stages.pipeline import checkpoint, plot\n"
+        "from stages.pipeline.stage import write\ncheckpoint.load()",
         "stages/networks/n.py": "from stages.networks import deep",
         "stages/networks/deep.py": "",
         "stages/networks/loaded.py": "",
@@ -117,9 +121,16 @@ def test_closure_follows_science_but_not_plumbing() -> None:
         "stages/diffusion/s.py": "",
         "stages/pipeline/checkpoint.py": "from stages.networks.loaded import L\nfrom stages.networks.unused import U\n"
         "def load():\n    return L()\ndef other():\n    return U()",
+        "stages/pipeline/stage.py": "from stages.fidelity.rounding import r\ndef write(x):\n    return r(x)",
+        "stages/fidelity/rounding.py": "",
     }
     expected = {"stages/a.py", "stages/networks/n.py", "stages/networks/deep.py", "stages/networks/loaded.py"}
-    assert closure("a", sources) == expected
+    assert closure("a", sources) == expected | {"stages/fidelity/rounding.py"}
+
+
+def test_who_writes_numbers_depends_on_how_they_are_rounded() -> None:
+    rounding = {stage for stage in GRAPH if "stages/fidelity/rounding.py" in GRAPH[stage]["deps"]}
+    assert rounding == {"prepare", "extractor", "reference", "train", "evaluate", "compare"}
 
 
 def declared(source: str) -> set[str]:

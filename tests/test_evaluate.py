@@ -2,10 +2,14 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,12 +20,13 @@ from stages.diffusion.process import alpha_bar_of, logsnr
 from stages.diffusion.schedules import SCHEDULES, noise_levels
 from stages.drawing.weights import load_network, load_tensors
 from stages.errors import UserError, evaluate, extractor, reference
-from stages.fidelity.frechet import Gaussian
+from stages.fidelity.rounding import rounded
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths
-from stages.pipeline.checkpoint import load_classifier, save_tensors
+from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.files import read_json
 
+ROOT = Path(__file__).parents[1]
 SIZE, CLASSES, N = 16, 3, 200
 EXTRACTOR = params.Extractor(images=1600, batch=32, lr=3e-3, seed=0)
 EVALUATE = params.Evaluate(images=96, draws=2, logsnr=[-2.0, 0.0, 3.0], min_scored=50)
@@ -60,6 +65,14 @@ def save_network(cell: params.Cell, reference_size: int = SIZE) -> None:
     save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
 
 
+def save_samples(cell: params.Cell) -> None:
+    for name, n in (("fast", N), ("ancestral", 20)):
+        save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5)
+    snapshots = {"images": torch.stack([bars(50, seed=5)["images"]] * 4), "labels": bars(50, seed=5)["labels"]}
+    trained = torch.tensor([25, 50, 75, 100])
+    save_tensors(paths.samples(str(cell)) / "snapshots.safetensors", {**snapshots, "trained_images": trained})
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory where the extractor and the reference of the dataset `bars` are made."""
@@ -74,10 +87,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def score(drawn: dict[str, Tensor], min_scored: int = 50) -> dict[str, Any]:
-    tensors, about = load_tensors(paths.reference("bars"))
-    real = Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"])
-    floors = read_json(paths.scores("reference", "bars"))
-    return evaluate.score_set(load_classifier(paths.extractor("bars")), real, tensors["features"], floors, drawn, min_scored)
+    return evaluate.score_set(evaluate.Judge.load("bars"), drawn["images"], drawn["labels"], min_scored)
 
 
 def test_images_without_labels_are_told_apart_by_how_they_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,17 +100,9 @@ def test_images_without_labels_are_told_apart_by_how_they_are_turned(tmp_path: P
     reference.main("flat", N, N // 4)
     images = bars(N, seed=7)["images"]
     labels = torch.zeros(N, dtype=torch.int64)
-    tensors, about = load_tensors(paths.reference("flat"))
-    real, floors = (
-        Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"]),
-        read_json(paths.scores("reference", "flat")),
-    )
-    net = load_classifier(paths.extractor("flat"))
-    upright, turned = (
-        evaluate.score_set(net, real, tensors["features"], floors, {"images": x, "labels": labels}, 50)
-        for x in (images, images.rot90(1, (2, 3)))
-    )
-    assert floors["class_frequencies"] == [1.0, 0.0, 0.0, 0.0]
+    judge = evaluate.Judge.load("flat")
+    upright, turned = (evaluate.score_set(judge, x, labels, 50) for x in (images, images.rot90(1, (2, 3))))
+    assert judge.real.class_frequencies.tolist() == [1.0, 0.0, 0.0, 0.0]
     # A bar above the middle looks like one below it turned by half: of the four ways, two are told apart for sure.
     assert upright["accuracy"]["value"] > 0.4
     assert turned["accuracy"]["value"] < 0.1
@@ -247,9 +249,9 @@ def test_losses_are_measured_at_levels_that_the_network_knows(tree: Path, monkey
     visited: list[float] = []
     predict = evaluate.predict
 
-    def watched(*args: Any) -> tuple[Tensor, Tensor]:
+    def watched(*args: Any, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         visited.extend(logsnr(args[4]).tolist())
-        return predict(*args)
+        return predict(*args, rng)
 
     monkeypatch.setattr(evaluate, "predict", watched)
     for reference_size, shift in ((SIZE, 0.0), (SIZE // 2, -math.log(2))):  # twice as wide: half the SNR
@@ -261,6 +263,28 @@ def test_losses_are_measured_at_levels_that_the_network_knows(tree: Path, monkey
         assert max(visited) == pytest.approx(highest.item())
         assert min(visited) < lowest + 1
         assert min(visited) >= lowest - 1e-6
+
+
+def test_draws_of_every_image_are_stratified() -> None:
+    found = evaluate.stratified(4, 100, torch.Generator().manual_seed(0))
+    assert (found.shape, found.dtype) == ((4, 100), torch.float64)
+    strata = (found.sort(1).values * 400).long()
+    assert strata.flatten().tolist() == list(range(400))  # one in each of 400 equal stretches, a quarter of them for each draw
+    assert not found.equal(found.sort(1).values)
+
+
+def test_levels_are_split_as_they_were_put_together() -> None:
+    table = torch.from_numpy(SCHEDULES["cosine"](50))
+    levels = evaluate.draw_levels(table, [-1.0, 2.0], 3, 10, torch.Generator().manual_seed(0))
+    assert levels.alpha_bar.shape == (8, 10)
+    assert levels.of_bound(levels.alpha_bar).equal(table[levels.bound_t])
+    assert logsnr(levels.of_grid(levels.alpha_bar)).numpy() == pytest.approx(np.repeat([[-1.0], [2.0]], 10, axis=1))
+    uniform_t = torch.stack([(table == level).nonzero()[0, 0] for level in levels.of_uniform(levels.alpha_bar).flatten()])
+    assert (uniform_t.reshape(3, 10) * 3 // 50).float().mean(1).tolist() == pytest.approx(
+        [0, 1, 2], abs=0.2
+    )  # a third for each draw
+    assert levels.bound_t.min() >= 1
+    assert len(evaluate.draw_levels(table, [], 3, 10, torch.Generator()).alpha_bar) == 6
 
 
 def test_bound_estimated_by_draws_is_the_sum_over_every_t(tree: Path) -> None:
@@ -285,11 +309,7 @@ def test_bound_estimated_by_draws_is_the_sum_over_every_t(tree: Path) -> None:
 def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = params.Cell("bars", "cosine", 50, 0)
     save_network(cell)
-    for name, n in (("fast", N), ("ancestral", 20)):
-        save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5)
-    snapshots = {"images": torch.stack([bars(50, seed=5)["images"]] * 4), "labels": bars(50, seed=5)["labels"]}
-    trained = torch.tensor([25, 50, 75, 100])
-    save_tensors(paths.samples(str(cell)) / "snapshots.safetensors", {**snapshots, "trained_images": trained})
+    save_samples(cell)
     published = []
     monkeypatch.setattr(
         evaluate.tracking, "publish", lambda cell: published.append(paths.scores("evaluate", str(cell)).read_bytes())
@@ -310,3 +330,75 @@ def test_main_writes_whole_scores_and_then_publishes(tree: Path, monkeypatch: py
     assert not scores["ancestral"]["scored"]
     for name in ("fid", "class_tv", "precision", "recall", "accuracy", "confident", "confident_ratio"):
         assert scores["fast"][name].keys() == {"value", "error", "floor"}
+
+
+SPREAD = """
+from stages.fidelity.sets import Fake, Real
+
+
+def spread(real: Real, fake: Fake) -> tuple[float, float]:
+    return fake.features.std().item(), 0.25
+"""
+SHARPNESS = """
+from stages.fidelity.sets import Fake, Real
+
+
+def sharpness(real: Real, fake: Fake) -> tuple[float, float] | None:
+    return None if (fake.labels < 0).any() else (fake.probabilities.amax(1).mean().item(), 0.125)
+"""
+EVALUATED = """
+import json
+from stages import evaluate, reference
+from stages.pipeline import params
+from stages.tracking import results
+
+cell = params.Cell("bars", "cosine", 50, 0)
+evaluate.tracking.publish = lambda cell: None
+reference.main("bars", N, N // 4)
+evaluate.main(cell, params.Evaluate(**EVALUATE))
+print(json.dumps(results.row(cell)))
+"""
+
+
+def evaluated(tree: Path, folder: Path, added: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """The row of a cell in a copy of the tree in `folder`, with metrics added: the code and the line of the dict of each name."""
+    shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    for made in ("data", "models", "samples"):
+        shutil.copytree(tree / made, folder / made)
+    metrics = folder / "stages/fidelity/metrics.py"
+    for name, (code, line) in added.items():
+        (metrics.parent / f"{name}.py").write_text(code)
+        head, opening, rest = metrics.read_text().partition("METRICS = {\n")
+        assert opening
+        metrics.write_text(f"{head}from stages.fidelity.{name} import {name}\n\n{opening}    {line},\n{rest}")
+    code = f"N, EVALUATE = {N}, {EVALUATE.model_dump()}\n{EVALUATED}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_metric_is_a_file_and_a_line(tree: Path, tmp_path: Path) -> None:
+    """Its floor is measured, every set is scored, and the row of the cell, which the report and MLflow show, has it."""
+    cell = params.Cell("bars", "cosine", 50, 0)
+    save_network(cell)
+    save_samples(cell)
+    lines = {"spread": '"spread": Metric(spread)', "sharpness": '"sharpness": Metric(sharpness, depends_on_n=False)'}
+    row = evaluated(tree, tmp_path, {"spread": (SPREAD, lines["spread"]), "sharpness": (SHARPNESS, lines["sharpness"])})
+
+    floors = read_json(tmp_path / paths.scores("reference", "bars"))
+    scores = read_json(tmp_path / paths.scores("evaluate", str(cell)))
+    spread, sharpness = scores["fast"]["spread"], scores["fast"]["sharpness"]
+    assert spread == {"value": spread["value"], "error": 0.25, "floor": floors["sets"][str(N)]["spread"]["value"]}
+    assert sharpness == {"value": sharpness["value"], "error": 0.125, "floor": floors["sharpness"]["value"]}
+    assert floors["sharpness"]["error"] == 0.125
+    assert floors["sets"][str(N)]["spread"]["error"] != 0.25  # the sd over sets
+    for point in scores["over_training"]:
+        assert point["spread"]["floor"] == floors["sets"][str(N // 4)]["spread"]["value"]
+    assert "spread" not in scores["ancestral"]  # too few images
+    for name, found in (("spread", spread), ("sharpness", sharpness), ("ancestral_sharpness", scores["ancestral"]["sharpness"])):
+        assert (row[name], row[f"{name}_error"], row[f"{name}_floor"]) == (found["value"], found["error"], found["floor"])
+
+    drawn, sampling = load_tensors(paths.samples(str(cell)) / "fast.safetensors")  # and nothing else is another
+    others = {name: value for name, value in scores["fast"].items() if name not in lines}
+    assert others == rounded({"sampling": sampling, **score(drawn)})
+    assert floors["sets"][str(N)].keys() - lines.keys() == read_json(paths.scores("reference", "bars"))["sets"][str(N)].keys()

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stages.errors import Held, UserError, damaged
+from stages.fidelity.rounding import rounded
 
 
 @contextlib.contextmanager
@@ -85,15 +86,14 @@ def whole_files(folder: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file, whole, ending in a newline. Raises UserError for NaN and infinity: they are not JSON.
 
-    Fractions keep six significant digits: beyond, they depend on how a linear algebra library adds up on this processor.
+    Fractions keep the digits of stages/fidelity/rounding.py.
     """
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = json.dumps(rounded(value), allow_nan=False, indent=2, ensure_ascii=False)
     except ValueError as error:
         raise UserError(f"{path} is not written: {error}") from None
-    rounded = json.loads(text, parse_float=lambda text: float(f"{float(text):.6g}"))
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(rounded, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_archive(path: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stages.fidelity.frechet import Gaussian, fid, fit_gaussian, frechet_distance
+from stages.fidelity.frechet import Gaussian, fit_gaussian, frechet_distance
 
 # Rounding: an eigenvalue that should be 0 comes out near 1e-16, its root near 1e-8; a dozen of them stay below 1e-6.
 ROUNDING = 1e-6
@@ -74,15 +74,7 @@ def test_too_few_features_are_refused(bad: np.ndarray) -> None:
         fit_gaussian(bad)
 
 
-def test_fid_is_the_distance_with_a_repeatable_error() -> None:
-    real, fake = fit_gaussian(features(seed=0)), features(seed=1)
-    value, error = fid(real, fake)
-    assert value == frechet_distance(real, fit_gaussian(fake))
-    assert (value, error) == fid(real, fake)
-
-
-def test_error_of_fid_is_the_spread_over_sets() -> None:
-    # 1-D, real N(0, 1), sets from N(3, 1): FID is about m^2 with m ~ N(3, 1/n), so its sd is about 6 / sqrt(n) = 0.3.
-    real = Gaussian(np.zeros(1), np.eye(1), 10_000)
-    _, error = fid(real, np.random.default_rng(3).normal(3, 1, size=(400, 1)))
-    assert error == pytest.approx(0.3, rel=0.5)  # an sd from 20 replicates is known to 16 %: three of those
+def test_root_squared_is_the_covariance() -> None:
+    real = fit_gaussian(features())
+    assert real.root @ real.root == pytest.approx(real.cov, abs=ROUNDING)
+    assert real.root == pytest.approx(real.root.T, abs=ROUNDING)
