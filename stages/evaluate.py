@@ -41,7 +41,7 @@ Json = dict[str, Any]
 
 
 def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
-    """Score the sets, measure the losses, write, publish."""
+    """Score the sets, measure the losses, write."""
     judge = Judge.load(cell.dataset)
     scores: Json = {}
     for name in ("fast", "ancestral"):

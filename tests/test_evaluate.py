@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages import evaluate, extractor, reference
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion.likelihood import step_kl
 from stages.diffusion.process import alpha_bar_of, logsnr
 from stages.diffusion.schedules import SCHEDULES, noise_levels
 from stages.drawing.weights import load_network, load_tensors
-from stages.errors import UserError, evaluate, extractor, reference
+from stages.errors import UserError
 from stages.fidelity.rounding import rounded
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import MNIST
 
+from stages import fetch
 from stages.datasets import glyphs, mnist
-from stages.errors import UserError, fetch
+from stages.errors import UserError
 from stages.pipeline import params, paths, sources
 
 ROOT = Path(__file__).parents[1]

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
+from stages import sample
 from stages.diffusion.process import logsnr
 from stages.drawing import weights
-from stages.errors import UserError, sample
+from stages.errors import UserError
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 

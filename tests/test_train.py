@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stages import train
 from stages.diffusion.schedules import SCHEDULES
 from stages.drawing import weights
-from stages.errors import UserError, train
+from stages.errors import UserError
 from stages.pipeline import checkpoint, params, paths
 from stages.tracking import mirror
 

@@ -1,0 +1,108 @@
+"""DVC's private forms are what this version of DVC makes: dvc.lock, its list of who works, the folders of its experiments."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dvc
+import pytest
+from dvc.utils.serialize import load_yaml
+
+from stages.pipeline import dvc_forms
+
+STAGE = """\
+import json, pathlib, sys, time
+sys.path.insert(0, ROOT)
+from stages.pipeline import dvc_forms
+pathlib.Path("out.txt").write_text(str(dvc_forms.workspace()))
+listed = json.loads(pathlib.Path(".dvc/tmp/rwlock").read_text()) if pathlib.Path(".dvc/tmp/rwlock").exists() else None
+pathlib.Path("rwlock.json").write_text(json.dumps(listed))
+"""
+DVC_YAML = """\
+stages:
+  one:
+    matrix: {x: [a, b]}
+    cmd: echo ${item.x} > ${item.x}.txt
+    params: [lr]
+    outs: ["${item.x}.txt"]
+  two:
+    cmd: python stage.py
+    deps: [a.txt, b.txt, stage.py]
+    outs: [out.txt]
+    metrics:
+    - rwlock.json: {cache: false}
+"""
+RECHECK = "stages/pipeline/dvc_forms.py was written for DVC {}, and here is {}: see what these tests say, then change VERSION there"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pipeline that DVC ran."""
+    folder = tmp_path_factory.mktemp("dvc")
+    (folder / "stage.py").write_text(f"ROOT = {str(Path(__file__).parents[2])!r}\n{STAGE}")
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    (folder / "params.yaml").write_text("lr: 1\n")
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (
+        ("git", "init", "-q"),
+        (*DVC, "init", "-q"),
+        ("git", "add", "."),
+        (*git, "commit", "-qm", "x"),
+        (*DVC, "repro", "-q"),
+    ):
+        call(folder, *command)
+    return folder
+
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def call(folder: Path, *command: str) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=environment | {"PATH": path, "DVC_NO_ANALYTICS": "1"})
+
+
+def test_this_is_the_version_that_they_were_looked_at_in() -> None:
+    assert dvc.__version__.startswith(f"{dvc_forms.VERSION}."), RECHECK.format(dvc_forms.VERSION, dvc.__version__)
+
+
+def test_the_lock_splits_into_its_entries_and_is_put_together_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    content = dvc_forms.LOCK.read_bytes()
+    entries = dvc_forms.read_lock()
+    assert {name: dvc_forms.recorded(entries, name) for name in entries} == load_yaml("dvc.lock")["stages"]
+    assert entries.keys() == {"one@a", "one@b", "two"}
+    assert dvc_forms.lock_of(entries) == content
+    assert dvc_forms.is_cut(content)  # it begins as DVC's do
+    for cut in range(0, len(content), 7):
+        assert dvc_forms.whole_entries(content[:cut]).items() <= entries.items()
+    assert set(dvc_forms.recorded(entries, "one@a")["params"]["params.yaml"]) == {"lr"}
+
+
+def test_who_works_is_listed_as_it_is_read(repository: Path) -> None:
+    write, read = dvc_forms.working(json.loads((repository / "rwlock.json").read_text()))
+    assert {Path(path).name for path in write} == {"out.txt", "rwlock.json"}
+    assert {"a.txt", "b.txt", "stage.py"} <= {Path(path).name for path in read}
+    assert all("dvc" in who["cmd"] for who in write.values())
+
+
+def test_a_temporary_tree_of_an_experiment_leads_back_to_where_it_was_made(repository: Path) -> None:
+    assert (repository / "out.txt").read_text() == str(repository.resolve())
+    (repository / "params.yaml").write_text("lr: 2\n")
+    (repository / "stage.py").write_text((repository / "stage.py").read_text() + "pathlib.Path('/' + sys.argv[0])\n")
+    call(repository, "git", "add", ".")
+    call(repository, *DVC, "exp", "run", "-q", "--temp", "-n", f"x{time.time_ns()}")
+    shown = subprocess.run(("git", "for-each-ref", "refs/exps"), cwd=repository, capture_output=True, text=True, check=True).stdout
+    name = shown.split("/")[-1].strip()
+    call(repository, *DVC, "exp", "apply", "-q", name)
+    assert (repository / "out.txt").read_text() == str(repository.resolve())
+
+
+def test_status_tells_of_what_changed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    (repository / "stage.py").write_text((repository / "stage.py").read_text() + "# changed\n")
+    assert json.loads(dvc_forms.status().stdout) == {"two": [{"changed deps": {"stage.py": "modified"}}]}

@@ -1,0 +1,46 @@
+"""MLflow's private forms are what this version of MLflow makes: its tables, the names of its pictures, the view of its UI."""
+
+import sqlite3
+from pathlib import Path
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+
+from stages.tracking import mlflow_forms
+
+RECHECK = "stages/tracking/mlflow_forms.py was written for MLflow {}, and here is {}: see what these tests say, then change VERSION"
+
+
+def test_this_is_the_version_that_they_were_looked_at_in() -> None:
+    assert mlflow.__version__.startswith(f"{mlflow_forms.VERSION}."), RECHECK.format(mlflow_forms.VERSION, mlflow.__version__)
+
+
+def test_a_database_is_finished_when_it_has_the_newest_tables(tmp_path: Path, empty_store: Path) -> None:
+    with sqlite3.connect(empty_store) as database:
+        assert mlflow_forms.is_finished(database) is True
+        columns = {
+            (table, column)
+            for (table,) in database.execute("select name from sqlite_master where type = 'table'").fetchall()
+            for _, column, *_ in database.execute(f"pragma table_info({table})").fetchall()
+        }
+    assert set(mlflow_forms.PATHS) <= columns
+    named_so = {pair for pair in columns if pair[1] in ("artifact_location", "artifact_uri", "storage_location")}
+    assert named_so <= set(mlflow_forms.PATHS)  # no other column holds the folder of artifacts
+    with sqlite3.connect(tmp_path / "half.db") as database:
+        assert mlflow_forms.is_finished(database) is False
+        database.execute("create table alembic_version (version_num text)")
+        assert mlflow_forms.is_finished(database) is False
+    with sqlite3.connect(tmp_path / "other.db") as database:
+        database.execute("create table mine (x text)")
+        assert mlflow_forms.is_finished(database) is None
+
+
+def test_the_step_of_a_picture_is_in_its_name(tmp_path: Path, empty_store: Path) -> None:
+    client = MlflowClient(f"sqlite:///{empty_store}")
+    experiment = client.create_experiment("pictures", artifact_location=str(tmp_path / "mlruns"))
+    run = client.create_run(experiment)
+    client.log_image(run.info.run_id, np.zeros((4, 4), np.uint8), key="preview", step=17, synchronous=True)
+    names = [file.path for file in client.list_artifacts(run.info.run_id, "images")]
+    assert sorted(filter(None, map(mlflow_forms.preview_step, names))) == [17]
+    assert len(names) == 2
