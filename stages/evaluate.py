@@ -17,7 +17,7 @@ from stages import UserError
 from stages.datasets.images import to_float
 from stages.diffusion.likelihood import decoder_nll, prior_kl, step_chances, step_kl
 from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample, x0_and_eps
-from stages.diffusion.schedules import noise_levels
+from stages.diffusion.schedules import noise_levels, shared_levels
 from stages.fidelity.agreement import accuracy, class_histogram, class_tv, confident
 from stages.fidelity.frechet import Gaussian, fid
 from stages.fidelity.manifold import precision_recall
@@ -116,7 +116,8 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> dict[str, An
     x0, y = to_float(test["images"][picked]), test["labels"][picked]
     how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
     table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], **how))
-    noisiest, cleanest = logsnr(torch.from_numpy(noise_levels(*about["levels"], size=about["size"], **how))[[-1, 0]]).tolist()
+    learned = torch.from_numpy(shared_levels(size=about["size"], **how)) if about["train"]["shared"] else table
+    noisiest, cleanest = logsnr(learned[[-1, 0]]).tolist()
     grid = [level for level in evaluate.logsnr if noisiest <= level <= cleanest]
 
     # Draw k of an image takes its u from the k-th part of [0, 1), the same in every cell: for eps_mse the same part of the chain.

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.datasets.images import to_uint8
-from stages.diffusion import noise
-from stages.diffusion.samplers import SAMPLERS, Steps, denoiser, spaced
+from stages.diffusion import noise, samplers
+from stages.diffusion.guidance import denoiser
+from stages.diffusion.samplers import Steps
 from stages.diffusion.schedules import logsnr_shift, noise_levels
+from stages.diffusion.spacings import spaced
 from stages.pipeline import checkpoint, figures, params, paths
 from stages.pipeline.stage import progress, run
 
@@ -162,7 +164,7 @@ class Chain:
         def noise_at(after: int) -> Tensor:
             return noise.gaussian(self.cell.seed, index, after, (1, self.size, self.size))
 
-        return SAMPLERS[sampler](denoise, noise_at(self.cell.T), path, noise_at, **options)
+        return samplers.find(sampler)(denoise, noise_at(self.cell.T), path, noise_at, **options)
 
 
 def class_counts(dataset: str) -> list[int]:

@@ -161,15 +161,15 @@ def _is_empty(file: Path) -> bool:
 
 def with_followers(changed: set[str]) -> list[str]:
     """The changed stages and all that follow from them, in the order of dvc.yaml: what will run unless an output stays the same."""
-    stages = params.read_yaml(Path("dvc.yaml"))["stages"]
-    cells = list(params.load().sweep.cells())
+    stages, loaded = params.read_yaml(Path("dvc.yaml"))["stages"], params.load()
+    cells, values = list(loaded.sweep.cells()), loaded.model_dump()
     names = {name: [str(cell) for cell in cells] if name in PER_CELL else {cell.dataset for cell in cells} for name in stages}
     found: list[str] = []
     made: list[str] = []  # outputs of the stages found so far
     for name, stage in stages.items():
         for item in sorted(names[name]) if "matrix" in stage else [""]:
             full = f"{name}@{item}" if item else name
-            deps = [paths.of_item(dep, item) for dep in stage["deps"]]
+            deps = paths.deps(stage, item, values)
             if full in changed or any(_overlap(dep, out) for dep in deps for out in made):
                 found.append(full)
                 made += [paths.of_item(out, item) for out in paths.outs(stage)]

@@ -60,10 +60,11 @@ class Tree:
     def key(self, cell: Cell) -> str:
         """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
 
-        It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
-        never an output, nor line endings. Raises UserError when DVC did not fetch the raw data.
+        It covers the cell, the parameters and the code of every stage that leads to its scores, the schedule and the samplers that
+        it uses among it, and the digest of the raw data; never an output, nor line endings. Raises UserError when DVC did not fetch the raw data.
         """
-        code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
+        deps = {dep for stage in self.stages.values() for dep in paths.deps(stage, str(cell), self.params.model_dump())}
+        code = {dep for dep in deps if dep.endswith(".py")}
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self._chain(cell)
         decisive = {name: value for name, value in flat.items() if not _decides_no_pixel(name)}
@@ -105,12 +106,13 @@ class Tree:
         `before`: a stage; it and those after it do not count.
         """
         made: dict[str, str] = {}
+        values = self.params.model_dump()
         for name, stage in itertools.takewhile(lambda item: item[0] != before, self.stages.items()):
             entry = self.recorded(f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
             locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
             if (entry.get("params") or {}).get("params.yaml") != _params_of(stage, cell, self.params):
                 return False
-            if locked.keys() != {paths.of_item(dep, str(cell)) for dep in stage["deps"]}:
+            if locked.keys() != set(paths.deps(stage, str(cell), values)):
                 return False
             if any(digest != (made.get(path) or md5(Path(path))) for path, digest in locked.items()):
                 return False

@@ -21,10 +21,11 @@ def record(cell: Cell, *, last: str) -> None:
     """Write what dvc.lock says of a cell once its stages are run, from the first to the last; folders have a made-up digest."""
     entries, made = {}, {}
     tree = provenance.Tree.read()
+    values = tree.params.model_dump()
     for name, stage in tree.stages.items():
         outs = paths.outs(stage)
         entry = {"cmd": "", "deps": [], "params": {"params.yaml": provenance._params_of(stage, cell, tree.params)}, "outs": []}
-        for path in (paths.of_item(dep, str(cell)) for dep in stage["deps"]):
+        for path in paths.deps(stage, str(cell), values):
             entry["deps"].append({"path": path, "md5": made.get(path) or provenance.md5(Path(path))})
         for path in (paths.of_item(out, str(cell)) for out in outs):
             made[path] = provenance.md5(Path(path)) or "0" * 32 + ".dir"
