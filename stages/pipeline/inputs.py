@@ -61,18 +61,20 @@ def _differences(before: bytes, now: bytes) -> Iterator[str]:
     then, new = (params.parse_yaml(text.decode(), Path(PARAMS)) for text in (before, now))
     stage, item = _stage()
     for name in (paths.of_item(entry, item) for entry in stage.get("params", [])):
-        yield from _compared(name, _at(then, name), _at(new, name))
+        yield from (f"{key} from {before} to {after}" for key, before, after in compared(name, at(then, name), at(new, name)))
 
 
-def _compared(name: str, then: Any, new: Any) -> Iterator[str]:
+def compared(name: str, then: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values of a parameter differ: dotted names, each with the value before and after, None where there is none."""
     if isinstance(then, dict) and isinstance(new, dict):
         for key in [*then, *(new.keys() - then.keys())]:
-            yield from _compared(f"{name}.{key}", then.get(key), new.get(key))
+            yield from compared(f"{name}.{key}", then.get(key), new.get(key))
     elif then != new:
-        yield f"{name} from {then} to {new}"
+        yield name, then, new
 
 
-def _at(values: Any, dotted: str) -> Any:
+def at(values: Any, dotted: str) -> Any:
+    """The value of a dotted name in nested mappings; None where there is none."""
     for part in dotted.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values

@@ -24,7 +24,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from stages import UserError
-from stages.pipeline import params, paths, results, sources, warm
+from stages.pipeline import params, paths, reasons, results, sources, warm
 from stages.pipeline.provenance import LOCK, Tree, git, lock_entries, refuse_conflict
 from stages.pipeline.stage import damaged, in_one_line, whole_file
 
@@ -35,7 +35,7 @@ PER_DATASET = ("fetch", "prepare", "extractor", "reference")
 
 
 def plan() -> None:
-    """Print the stages that are out of date or follow from one that is, and a time from what was last recorded."""
+    """Print the stages that are out of date or follow from one that is, why, and a time from what was last recorded."""
     loaded = params.load()  # a mistake in it is told here, in one line
     for dataset in loaded.sweep.datasets:
         sources.refuse_outputs(dataset, loaded.data[dataset])
@@ -49,12 +49,15 @@ def plan() -> None:
         raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
     if asked.returncode:
         raise UserError(f"`dvc status` failed: {' '.join(asked.stderr.split())}")
-    stages = with_followers(set(json.loads(asked.stdout)))
+    changed = json.loads(asked.stdout)
+    stages = with_followers(set(changed))
     if not stages:
         print("Nothing to run: every result is up to date.")
         return
     counts = Counter(name.partition("@")[0] for name in stages)
     print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
+    for line in reasons.lines(changed, Tree.read(), stages):
+        print(line)
     known = [seconds for name in stages if (seconds := expected_seconds(name)) is not None]
     unknown = len(stages) - len(known) - counts["compare"]
     if known:

@@ -60,8 +60,9 @@ class Tree:
     def key(self, cell: Cell) -> str:
         """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
 
-        It covers the cell, the parameters and the code of every stage that leads to its scores, the schedule and the samplers that
-        it uses among it, and the digest of the raw data; never an output, nor line endings. Raises UserError when DVC did not fetch the raw data.
+        It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
+        never an output, nor line endings, nor a schedule or sampler that it does not use. Raises UserError when DVC did not fetch
+        the raw data.
         """
         deps = {dep for stage in self.stages.values() for dep in paths.deps(stage, str(cell), self.params.model_dump())}
         code = {dep for dep in deps if dep.endswith(".py")}
