@@ -1,13 +1,16 @@
 """The rooms of the house and the stage graph: who may import whom, and what dvc.yaml says against what the code does."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from stages.diffusion import by_name
 from stages.pipeline import params, paths
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +19,12 @@ MLFLOW = {"stages/pipeline/tracking.py", "stages/pipeline/store.py"}
 YAML_READERS = {"ruamel", "yaml"}
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "stages").rglob("*.py"))}
 GRAPH = params.read_yaml(ROOT / "dvc.yaml")["stages"]
+CHOICES = {  # what stands for a choice in dvc.yaml: the names that may be chosen
+    "${item.schedule}": by_name.names("schedules"),
+    "${sample.fast.sampler}": by_name.names("samplers"),
+    "${sample.ancestral.sampler}": ["ddpm"],
+}
+NAMED = [path for path in SOURCES if re.fullmatch(r"stages/diffusion/(schedules|samplers)/[^_]\w*\.py", path)]
 
 
 def imports(source: str, path: str = "") -> set[str]:
@@ -31,8 +40,8 @@ def imports(source: str, path: str = "") -> set[str]:
 
 
 def room(path: str) -> str:
-    """The folder of stages/ that a file lies in; empty for a stage."""
-    return path.removeprefix("stages/").rpartition("/")[0]
+    """The folder of stages/ that a file lies in, at any depth; empty for a stage."""
+    return path.removeprefix("stages/").rpartition("/")[0].partition("/")[0]
 
 
 def wrong_imports(sources: dict[str, str]) -> Iterator[str]:
@@ -47,6 +56,9 @@ def wrong_imports(sources: dict[str, str]) -> Iterator[str]:
                 "tracking and its store alone import mlflow": parts[0] == "mlflow" and path not in MLFLOW,
                 "params alone reads YAML": parts[0] in YAML_READERS and path != "stages/pipeline/params.py",
                 "only what runs stages knows DVC": parts[0] == "dvc",
+                "a schedule or a sampler is made of public names": path in NAMED and any(part[0] == "_" for part in parts),
+                "a schedule or a sampler knows no other": path in NAMED and f"{'/'.join(parts[:4])}.py" in NAMED,
+                "schedules do without torch": room(path) == "diffusion" and "/schedules/" in path and parts[0] == "torch",
             }
             yield from (f"{path} imports {name}: {rule}" for rule, broken in wrong.items() if broken)
 
@@ -60,6 +72,10 @@ def wrong_imports(sources: dict[str, str]) -> Iterator[str]:
         ("stages/pipeline/x.py", "import mlflow.entities"),
         ("stages/compare.py", "from ruamel.yaml import YAML"),
         ("stages/pipeline/x.py", "import dvc.api"),
+        ("stages/diffusion/schedules/cosine.py", "from stages.networks.unet import UNet"),
+        ("stages/diffusion/schedules/cosine.py", "from stages.diffusion.schedules import _of_size"),
+        ("stages/diffusion/schedules/cosine.py", "import torch"),
+        ("stages/diffusion/samplers/ddim.py", "from stages.diffusion.samplers.ddpm import sample"),
     ],
 )
 def test_imports_go_down_only(path: str, source: str) -> None:
@@ -67,24 +83,26 @@ def test_imports_go_down_only(path: str, source: str) -> None:
     assert list(wrong_imports(SOURCES | {path: source}))  # the check can fail
 
 
-def code_of(name: str, sources: dict[str, str]) -> str | None:
-    """The file of the module that a dotted name is, or lies in."""
-    path = name.replace(".", "/")
-    return next((file for file in (f"{path}.py", f"{path.rpartition('/')[0]}.py") if file in sources), None)
+def code_of(name: str, sources: dict[str, str]) -> Iterator[str]:
+    """The files that an import of a dotted name runs: of the module that it is, or lies in, and of the packages around it."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        path = "/".join(parts[:end])
+        yield from (file for file in (f"{path}.py", f"{path}/__init__.py") if file in sources)
 
 
-def closure(stage: str, sources: dict[str, str]) -> set[str]:
-    """The files that can change a stage's result: its own and the science it imports, directly or through the loaders.
+def closure(start: str, sources: dict[str, str]) -> set[str]:
+    """The files that can change the result of a stage, or of a file of the science, as far as its imports tell.
 
-    pipeline/ is plumbing, so what it imports does not count, but for the networks that functions of checkpoint.py build.
+    That is its own and the science it imports, directly or through the loaders. pipeline/ is plumbing, so what it imports does not
+    count, but for the networks that functions of checkpoint.py build. What is found by its name no import tells.
     """
-    start = f"stages/{stage}.py"
     found, waiting = {start}, [*imports(sources[start]), *built_by_loaders(sources[start], sources)]
     while waiting:
-        file = code_of(waiting.pop(), sources)
-        if file and file not in found and room(file) in SCIENCE:
-            found.add(file)
-            waiting += imports(sources[file])
+        for file in code_of(waiting.pop(), sources):
+            if file not in found and room(file) in SCIENCE:
+                found.add(file)
+                waiting += imports(sources[file])
     return found
 
 
@@ -100,10 +118,52 @@ def built_by_loaders(source: str, sources: dict[str, str]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("stage", GRAPH)
-def test_code_deps_are_the_import_closure(stage: str) -> None:
+def test_code_deps_are_the_import_closure_and_what_is_found_by_name(stage: str) -> None:
     listed = [dep for dep in GRAPH[stage]["deps"] if dep.endswith(".py")]
     assert len(listed) == len(set(listed))
-    assert set(listed) == closure(stage, SOURCES)
+    assert {dep for dep in listed if "${" not in dep} == closure(f"stages/{stage}.py", SOURCES)
+    assert [dep for dep in listed if "${" in dep] == [
+        f"stages/diffusion/{folder}/{name}.py" for folder, names in found_by_name(stage).items() for name in names
+    ]
+
+
+def found_by_name(stage: str) -> dict[str, list[str]]:
+    """The choices of a stage, by the folder in which it finds them: it finds where it calls a function that does."""
+    known = {"noise_levels": "schedules", "samplers.find": "samplers"}
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(SOURCES[f"stages/{stage}.py"])) if isinstance(node, ast.Call)}
+    kinds = {"samplers": ["${sample.fast.sampler}", "${sample.ancestral.sampler}"], "schedules": ["${item.schedule}"]}
+    return {folder: names for folder, names in kinds.items() if folder in {known.get(name) for name in called}}
+
+
+def test_what_finds_by_name_is_what_the_check_above_knows() -> None:
+    """`find` is called where the deps are known to follow, and nowhere else that a result depends on."""
+    callers = {path for path, source in SOURCES.items() if re.search(r"\bfind\(", source) and room(path) in (*SCIENCE, "")}
+    allowed = {f"stages/diffusion/{name}.py" for name in ("by_name", "samplers/__init__", "schedules/__init__")}
+    assert callers == {*allowed, "stages/sample.py"}
+    assert [stage for stage in GRAPH if found_by_name(stage)] == ["train", "sample", "evaluate"]
+
+
+@pytest.mark.parametrize("stage", ["train", "sample", "evaluate"])
+def test_every_choice_of_a_stage_is_a_file_whose_imports_are_deps_too(stage: str) -> None:
+    listed = {dep for dep in GRAPH[stage]["deps"] if dep.endswith(".py")}
+    for dep in listed:
+        for choice, names in CHOICES.items():
+            for name in names if choice in dep else ():
+                file = dep.replace(choice, name)
+                assert closure(file, SOURCES) <= listed | {file}, file
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_a_schedule_or_a_sampler_is_one_public_function(path: str) -> None:
+    functions = [node.name for node in ast.parse(SOURCES[path]).body if isinstance(node, ast.FunctionDef)]
+    assert [name for name in functions if name[0] != "_"] == ["alpha_bar" if "/schedules/" in path else "sample"]
+
+
+def test_choices_are_what_the_parameters_allow() -> None:
+    assert params.AncestralSampler.model_fields["sampler"].annotation == Literal["ddpm"]
+    found = {match for stage in GRAPH.values() for dep in stage["deps"] for match in re.findall(r"\$\{[^}]*\}", dep)}
+    assert found == {*CHOICES, "${item.dataset}", "${key}"}
+    assert len(NAMED) == len(by_name.names("schedules")) + len(by_name.names("samplers"))
 
 
 def test_closure_follows_science_but_not_plumbing() -> None:
@@ -119,7 +179,10 @@ def test_closure_follows_science_but_not_plumbing() -> None:
         "def load():\n    return L()\ndef other():\n    return U()",
     }
     expected = {"stages/a.py", "stages/networks/n.py", "stages/networks/deep.py", "stages/networks/loaded.py"}
-    assert closure("a", sources) == expected
+    assert closure("stages/a.py", sources) == expected
+    package = dict.fromkeys(("stages/networks/p/__init__.py", "stages/networks/p/m.py"), "")
+    source = {"stages/a.py": "from stages.networks.p.m import f"}
+    assert closure("stages/a.py", sources | package | source) == {*source, *package}
 
 
 def declared(source: str) -> set[str]:
@@ -197,6 +260,7 @@ def test_data_deps_are_made_by_an_earlier_stage() -> None:
         ("import stages.pipeline.plan", "torch"),
         ("import stages.pipeline.tracking", "mlflow"),
         ("import stages.evaluate", "matplotlib"),
+        ("from stages.diffusion import schedules; [schedules.find(name) for name in schedules.names()]", "torch"),
         ("from stages import train; train._set_kernels(deterministic=False)", "torch._inductor"),
     ],
 )

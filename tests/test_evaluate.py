@@ -14,7 +14,7 @@ from stages import UserError, evaluate, extractor, reference
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion.likelihood import step_kl
 from stages.diffusion.process import alpha_bar_of, logsnr
-from stages.diffusion.schedules import SCHEDULES, noise_levels
+from stages.diffusion.schedules import find, noise_levels
 from stages.fidelity.frechet import Gaussian
 from stages.networks.unet import UNet
 from stages.pipeline import params, paths
@@ -255,7 +255,7 @@ def test_losses_are_measured_at_levels_that_the_network_knows(tree: Path, monkey
         save_network(cell, reference_size)
         visited.clear()
         found = evaluate.measure_losses(cell, asked)
-        lowest, highest = logsnr(torch.from_numpy(SCHEDULES["linear"](100)))[[-1, 0]] + shift
+        lowest, highest = logsnr(torch.from_numpy(find("linear")(100)))[[-1, 0]] + shift
         assert [point["logsnr"] for point in found["logsnr_grid"]] == [x for x in asked.logsnr if lowest <= x <= highest]
         assert max(visited) == pytest.approx(highest.item())
         assert min(visited) < lowest + 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import UserError, masked
+from stages.diffusion import by_name
 from stages.pipeline import params, paths
 from stages.pipeline.params import Cell
 from stages.pipeline.stage import damaged, sound
@@ -64,8 +65,10 @@ class Tree:
         never an output, nor line endings, nor a schedule or sampler that it does not use. Raises UserError when DVC did not fetch
         the raw data.
         """
-        deps = {dep for stage in self.stages.values() for dep in paths.deps(stage, str(cell), self.params.model_dump())}
-        code = {dep for dep in deps if dep.endswith(".py")}
+        values = self.params.model_dump()
+        deps = {dep for stage in self.stages.values() for dep in paths.deps(stage, str(cell), values)}
+        others = {f"stages/diffusion/schedules/{name}.py" for name in by_name.names("schedules") if name != cell.schedule}
+        code = {dep for dep in deps - others if dep.endswith(".py")}  # prepare reads others, for a picture alone
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self._chain(cell)
         decisive = {name: value for name, value in flat.items() if not _decides_no_pixel(name)}

@@ -1,7 +1,7 @@
 """Why stages are out of date, in one line for each kind of stage, from what `dvc status` says and dvc.lock records.
 
-DVC calls a file modified that a stage did not read before. Where a parameter now names another sampler, the reason is that choice, not
-a change of the file.
+DVC calls a file modified that a stage did not read before. Where a parameter now names another sampler, the reason is that
+choice, not a change of the file.
 """
 
 import json
