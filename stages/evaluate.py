@@ -20,8 +20,9 @@ from torch import Tensor
 from stages.datasets.images import to_float
 from stages.diffusion.likelihood import decoder_nll, prior_kl, step_chances, step_kl
 from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample, x0_and_eps
-from stages.diffusion.schedules import noise_levels
-from stages.drawing.weights import load_network, load_tensors
+from stages.diffusion.schedules import noise_levels, shared_levels
+from stages.drawing.network import load_network
+from stages.drawing.weights import load_tensors
 from stages.errors import UserError
 from stages.fidelity.class_tv import class_histogram
 from stages.fidelity.frechet import Gaussian
@@ -169,13 +170,11 @@ def known_levels(cell: params.Cell, about: Json, asked: list[float]) -> tuple[Te
         about: what the file of the weights says of the network.
         asked: log-SNRs.
     """
-
-    def alpha_bar(schedule: str, T: int) -> Tensor:
-        how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
-        return torch.from_numpy(noise_levels(schedule, T, size=about["size"], **how))
-
-    noisiest, cleanest = logsnr(alpha_bar(*about["levels"])[[-1, 0]]).tolist()
-    return alpha_bar(cell.schedule, cell.T), [level for level in asked if noisiest <= level <= cleanest]
+    how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
+    table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], **how))
+    learned = torch.from_numpy(shared_levels(size=about["size"], **how)) if about["train"]["shared"] else table
+    noisiest, cleanest = logsnr(learned[[-1, 0]]).tolist()
+    return table, [level for level in asked if noisiest <= level <= cleanest]
 
 
 class Levels(NamedTuple):

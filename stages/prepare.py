@@ -13,7 +13,7 @@ from torch import Tensor
 from stages.datasets import readers
 from stages.datasets.images import to_float, to_uint8
 from stages.diffusion.process import q_sample
-from stages.diffusion.schedules import SCHEDULES
+from stages.diffusion.schedules import cosine, linear, linear_unscaled, sigmoid
 from stages.errors import UserError
 from stages.pipeline import grids, params, paths, sources
 from stages.pipeline.checkpoint import save_tensors
@@ -22,6 +22,12 @@ from stages.pipeline.stage import run
 
 EXAMPLES = 10  # images of each class in samples.png, and noise levels in noising.png
 CHUNK = 4096  # images whose pixels are counted at a time
+SCHEDULES = {  # in noising.png; one that is added later does not change it
+    "linear": linear.alpha_bar,
+    "linear_unscaled": linear_unscaled.alpha_bar,
+    "cosine": cosine.alpha_bar,
+    "sigmoid": sigmoid.alpha_bar,
+}
 TALLEST = 1500  # pixels; classes stand side by side rather than make samples.png higher
 
 

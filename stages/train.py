@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion import process
-from stages.diffusion.schedules import noise_levels
+from stages.diffusion.schedules import SHARED_LEVELS, noise_levels, shared_levels
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError
 from stages.fidelity.rounding import significant
@@ -41,18 +41,17 @@ from stages.tracking.live import Followed
 Errors = Callable[[UNet, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(net, x0, y, t, eps) -> (B,) mean squared errors of what the network predicts, by fixed weights where there are such."""
 
-# The code that decides the bits of a training, in stages/: what dvc.yaml says it depends on.
+# The code that decides the bits of a training, in stages/: what dvc.yaml says it depends on, beside the cell's schedule.
 CODE = (
     "train",
     "datasets/images",
+    "diffusion/by_name",
     "diffusion/process",
-    "diffusion/schedules",
-    "fidelity/rounding",
+    "diffusion/schedules/__init__",
     *(f"networks/{n}" for n in ("balance", "ema", "muon", "unet")),
 )
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
 NOISE, ORDER = 0, 1  # streams of random numbers
-SHARED_LEVELS = ("cosine", 2**16)  # of a shared network: so close that every schedule's lie among them
 
 
 class Phase(NamedTuple):
@@ -86,7 +85,8 @@ def main(
     size = images.shape[-1]
     how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
     schedule, T = SHARED_LEVELS if train.shared else (cell.schedule, cell.T)
-    alpha_bar = torch.from_numpy(noise_levels(schedule, T, size=size, **how)).to(device)
+    levels = shared_levels(size=size, **how) if train.shared else noise_levels(schedule, T, size=size, **how)
+    alpha_bar = torch.from_numpy(levels).to(device)
 
     # Network, its average, optimisers. What is needed to build the network again travels with the weights.
     about = {"levels": [schedule, T], "seed": cell.seed, "size": size, "num_classes": len(class_names), "class_names": class_names}
@@ -106,7 +106,8 @@ def main(
     snapshot_at = {last.begin + math.ceil((last.end - last.begin) * k / 4): f"ema-{25 * k}" for k in (1, 2, 3)} | {last.end: "ema"}
 
     # The loop. Losses stay on the device until an interval ends, so that no step waits for the one before it.
-    names = _fingerprints(cell.dataset, f"{schedule}-{T}-{cell.seed}", diffusion, network, train)
+    own = () if train.shared else (f"diffusion/schedules/{schedule}",)
+    names = _fingerprints(cell.dataset, f"{schedule}-{T}-{cell.seed}", CODE + own, diffusion, network, train)
     with checkpoint.unfinished(names[-1]) as work:
         losses, so_far = _restore(work, names, names if train.shared else names[:-1], modules, optimizers)
         previews, files = work / "weights" / "previews", so_far["files"]
@@ -200,11 +201,16 @@ def _keep(work: Path, phases: list[Phase], names: list[str], step: int, train: p
 
 
 def _fingerprints(
-    dataset: str, levels_and_seed: str, diffusion: params.Diffusion, network: params.Network, train: params.Train
+    dataset: str,
+    levels_and_seed: str,
+    code: tuple[str, ...],
+    diffusion: params.Diffusion,
+    network: params.Network,
+    train: params.Train,
 ) -> list[str]:
     """What the state of this training is known by after each of its phases: a hash of all that leads there."""
     folder = paths.prepared(dataset)
-    files = [folder / "train.safetensors", *(Path(__file__).parent / f"{name}.py" for name in CODE)]
+    files = [folder / "train.safetensors", *(Path(__file__).parent / f"{name}.py" for name in code)]
     values = [dataset, levels_and_seed, diffusion.model_dump(), network.model_dump(), train.model_dump(exclude={"images"})]
     return [checkpoint.fingerprint(files, *values, train.images[: k + 1]) for k in range(len(train.images))]
 

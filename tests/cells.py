@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.pipeline import dvc_forms, grids, paths
+from stages.pipeline import grids, paths
 from stages.pipeline.files import md5, write_archive
 from stages.pipeline.params import Cell
 from stages.tracking import mirror, provenance
@@ -27,11 +27,12 @@ def record(cell: Cell, *, last: str) -> None:
 
     entries, made = {}, {}
     tree = provenance.Tree.read()
+    values = tree.params.model_dump()
     for name, stage in tree.stages.items():
         outs = paths.outs(stage)
-        entry = {"cmd": "", "deps": [], "params": {"params.yaml": dvc_forms.params_of(stage, cell, tree.params)}, "outs": []}
-        for path in (paths.of_item(dep, str(cell)) for dep in stage["deps"]):
-            entry["deps"].append({"path": path, "md5": made.get(path) or md5(Path(path))})
+        entry = {"cmd": "", "deps": [], "params": {"params.yaml": provenance._params_of(stage, cell, tree.params)}, "outs": []}
+        for path in paths.deps(stage, str(cell), values):
+            entry["deps"].append({"path": path, "md5": made.get(path) or provenance.md5(Path(path))})
         for path in (paths.of_item(out, str(cell)) for out in outs):
             made[path] = md5(Path(path)) or "0" * 32 + ".dir"
             entry["outs"].append({"path": path, "md5": made[path]})

@@ -18,8 +18,9 @@ from stages import evaluate, extractor, reference
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion.likelihood import step_kl
 from stages.diffusion.process import alpha_bar_of, logsnr
-from stages.diffusion.schedules import SCHEDULES, noise_levels
-from stages.drawing.weights import load_network, load_tensors
+from stages.diffusion.schedules import SCHEDULES, find, noise_levels
+from stages.drawing.network import load_network
+from stages.drawing.weights import load_tensors
 from stages.errors import UserError
 from stages.fidelity.rounding import rounded
 from stages.networks.unet import UNet
@@ -259,7 +260,7 @@ def test_losses_are_measured_at_levels_that_the_network_knows(tree: Path, monkey
         save_network(cell, reference_size)
         visited.clear()
         found = evaluate.measure_losses(cell, asked)
-        lowest, highest = logsnr(torch.from_numpy(SCHEDULES["linear"](100)))[[-1, 0]] + shift
+        lowest, highest = logsnr(torch.from_numpy(find("linear")(100)))[[-1, 0]] + shift
         assert [point["logsnr"] for point in found["logsnr_grid"]] == [x for x in asked.logsnr if lowest <= x <= highest]
         assert max(visited) == pytest.approx(highest.item())
         assert min(visited) < lowest + 1

@@ -158,8 +158,12 @@ def test_second_sync_adds_nothing_and_committed_results_are_found(tree: Path, mo
     [
         ("stages/fidelity/frechet.py", {"reference@persian_glyphs", f"evaluate@{CELL}"}),
         ("stages/networks/unet.py", {f"train@{CELL}", f"sample@{CELL}", f"evaluate@{CELL}"}),
-        ("stages/diffusion/samplers.py", {f"sample@{CELL}"}),
-        ("stages/tracking/mirror.py", set()),
+        ("stages/diffusion/samplers/__init__.py", {f"sample@{CELL}"}),
+        ("stages/diffusion/samplers/ddpm.py", {f"sample@{CELL}"}),
+        ("stages/diffusion/samplers/heun.py", set()),
+        ("stages/diffusion/schedules/cosine.py", {"prepare@persian_glyphs", f"train@{CELL}", f"sample@{CELL}", f"evaluate@{CELL}"}),
+        ("stages/diffusion/schedules/sigmoid.py", {"prepare@persian_glyphs"}),
+        ("stages/pipeline/tracking.py", set()),
     ],
 )
 def test_a_changed_file_reruns_what_depends_on_it(tree: Path, path: str, reruns: set[str]) -> None:
@@ -171,12 +175,51 @@ def test_a_changed_file_reruns_what_depends_on_it(tree: Path, path: str, reruns:
         (tree / path).write_bytes(before)
 
 
+def test_a_new_file_runs_only_what_uses_it(tree: Path) -> None:
+    """A schedule in the sweep: its own cells. A sampler, once chosen: what it draws. A metric that nothing imports: nothing."""
+    science, sampler = tree / "stages/diffusion", "sampler: sde_dpm_solver_pp_2m"
+    quick = science / "schedules/quick.py"
+    files = [quick, science / "samplers/euler.py", tree / "stages/fidelity/unused.py"]
+    try:
+        quick.write_text((science / "schedules/cosine.py").read_text())
+        files[1].write_text((science / "samplers/ddim.py").read_text())
+        files[2].write_text('"""Nobody imports it."""\n')
+        assert changed(tree) == set()
+        new = CELL.replace("cosine", "quick")
+        with edited(tree, ("params.yaml", "schedules: [cosine]", "schedules: [cosine, quick]")):
+            assert changed(tree) == {f"train@{new}", f"sample@{new}", f"evaluate@{new}", "compare"}
+        with edited(tree, ("params.yaml", sampler, "sampler: euler")):
+            assert changed(tree) == {f"sample@{CELL}"}
+            said = call(tree, sys.executable, "-m", "stages.pipeline.plan", "plan").stdout
+            assert "To run: sample, evaluate, compare\n" in said
+            assert "\n  sample: sample.fast.sampler is now euler (was sde_dpm_solver_pp_2m)\n" in said
+        with edited(tree, ("params.yaml", sampler, "sampler: eulr")):
+            refused = call(tree, sys.executable, "-m", "stages.pipeline.plan", "plan", code=1).stderr
+            assert "sample.fast.sampler = 'eulr': input should be one of ddim, ddpm, dpm_solver_pp_2m, euler, heun" in refused
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+    assert changed(tree) == set()
+
+
+def test_one_sampler_may_draw_both_sets(tree: Path) -> None:
+    """Then two deps are one file: DVC lists it twice, and finds nothing to do after."""
+    first = results(tree)
+    with edited(tree, ("params.yaml", "sampler: sde_dpm_solver_pp_2m", "sampler: ddpm")):
+        assert f"Running stage 'sample@{CELL}'" in repro(tree)
+        assert (tree / "dvc.lock").read_text().count("path: stages/diffusion/samplers/ddpm.py") == 2
+        assert changed(tree) == set()
+        assert CELL in call(tree, sys.executable, "-m", "stages.pipeline.plan", "table").stdout.splitlines()[-2]
+    assert "Running stage" not in repro(tree)
+    assert results(tree) == first
+
+
 def test_going_back_to_a_value_to_code_and_to_data_runs_nothing_again(tree: Path) -> None:
     first = results(tree)
     changes = [
         ("params.yaml", "grad_clip: 1.0", "grad_clip: 2.0"),
         ("params.yaml", "test_images: 64", "test_images: 65"),
-        ("stages/diffusion/samplers.py", '"""', '"""A remark. '),
+        ("stages/diffusion/samplers/ddpm.py", '"""', '"""A remark. '),
     ]
     with edited(tree, *changes):
         there = repro(tree)

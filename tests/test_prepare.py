@@ -12,7 +12,6 @@ from stages import prepare
 from stages.datasets import glyphs, mnist, readers
 from stages.datasets.images import to_float
 from stages.datasets.readers import READERS
-from stages.diffusion.schedules import SCHEDULES
 from stages.drawing.weights import load_tensors
 from stages.pipeline import files, params, paths
 from stages.pipeline.files import read_json
@@ -157,9 +156,9 @@ def test_noising_goes_from_the_image_to_noise_in_true_range(tmp_path):
     picture = prepare.noising(image)
     Image.fromarray(picture).verify()
     # Below and right of the labels lies the grid: rows are schedules, scaled by 3, with one pixel of gap.
-    h = len(SCHEDULES) * 29 * 3 + 3
+    h = len(prepare.SCHEDULES) * 29 * 3 + 3
     cells = picture[-h:, -(10 * 29 * 3 + 3) :][::3, ::3]
-    for row in range(len(SCHEDULES)):
+    for row in range(len(prepare.SCHEDULES)):
         first, last = (cells[row * 29 + 1 :][:28, column * 29 + 1 :][:, :28].astype(float) for column in (0, 9))
         # At t = 0 every schedule has 1 - alpha_bar <= 3e-4: noise of 0.018 * 127.5 = 2.3 grey levels.
         assert abs(first.mean() - 200) < 2

@@ -5,6 +5,7 @@ from PIL import Image
 
 from stages import sample
 from stages.diffusion.process import logsnr
+from stages.diffusion.samplers import ddim
 from stages.drawing import weights
 from stages.errors import UserError
 from stages.networks.unet import UNet
@@ -94,10 +95,10 @@ def test_wider_images_are_drawn_and_guided_at_noisier_levels(options, monkeypatc
 
     def watched(denoise, noise_at, path, *args, **more):
         visited.append(path)
-        return ddim(denoise, noise_at, path, *args, **more)
+        return unwatched(denoise, noise_at, path, *args, **more)
 
-    ddim = sample.SAMPLERS["ddim"]
-    monkeypatch.setitem(sample.SAMPLERS, "ddim", watched)
+    unwatched = ddim.sample
+    monkeypatch.setattr(ddim, "sample", watched)
     for reference_size in (8, 4):
         save_network(conditional=True, reference_size=reference_size)
         sample.main(CELL, options.model_copy(update={"fast": fast}))
@@ -169,10 +170,10 @@ def test_a_failure_in_one_chunk_ends_all(options, monkeypatch):
         draws.append(0)
         if len(draws) == 2:
             raise UserError("no")
-        yield from ddim(*args, **more)
+        yield from unwatched(*args, **more)
 
-    ddim = sample.SAMPLERS["ddim"]
-    monkeypatch.setitem(sample.SAMPLERS, "ddim", failing)
+    unwatched = ddim.sample
+    monkeypatch.setattr(ddim, "sample", failing)
     with pytest.raises(UserError, match="no"):
         sample.main(CELL, options)
     assert not paths.samples(str(CELL)).exists()

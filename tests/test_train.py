@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 from stages import train
-from stages.diffusion.schedules import SCHEDULES
+from stages.diffusion import schedules
 from stages.drawing import weights
 from stages.errors import UserError
 from stages.pipeline import checkpoint, params, paths
 from stages.tracking import mirror
 
 CELL = params.Cell("toy", "cosine", 8, 3)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("weighting", ["simple", "variational"])
 def test_the_error_of_a_network_is_zero_where_it_is_right_and_known_where_it_is_silent(sections, prediction, weighting):
-    alpha_bar = torch.from_numpy(SCHEDULES["cosine"](20))
+    alpha_bar = torch.from_numpy(schedules.find("cosine")(20))
     diffusion = sections[0].model_copy(update={"prediction": prediction, "weighting": weighting})
     errors_of = train._errors(diffusion, alpha_bar, "fp32")
     t, y = torch.arange(20), torch.zeros(20, dtype=torch.long)
@@ -489,17 +490,31 @@ def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_a
 def test_the_levels_of_a_shared_network_hold_those_of_every_schedule():
     """Between two neighbours of them the log-SNR moves by less than a network can tell."""
     how = {"size": 28, "reference_size": 28, "zero_terminal_snr": False}
-    levels = train.process.logsnr(torch.from_numpy(train.noise_levels(*train.SHARED_LEVELS, **how)))
-    for name in SCHEDULES:
+    levels = train.process.logsnr(torch.from_numpy(train.shared_levels(**how)))
+    for name in schedules.names():
         asked = train.process.logsnr(torch.from_numpy(train.noise_levels(name, 1000, **how)))
         inside = asked[asked.abs() < 12]
         assert len(inside) > 980
         assert (levels[None] - inside[:, None]).abs().min(1).values.max() < 0.02
 
 
-def test_what_a_training_is_known_by_covers_the_code_that_it_depends_on():
-    deps = params.read_yaml(Path(__file__).parents[1] / "dvc.yaml")["stages"]["train"]["deps"]
-    assert {f"stages/{name}.py" for name in train.CODE} == {dep for dep in deps if dep.endswith(".py")}
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_training_is_known_by_covers_the_code_that_it_depends_on(sections, shared, monkeypatch):
+    """A shared network is the same whatever schedule its cell has."""
+    known = []
+
+    def watched(files, *values):
+        known.append({str(file.relative_to(ROOT)) for file in files if file.suffix == ".py"})
+        return fingerprint(files, *values)
+
+    fingerprint = checkpoint.fingerprint
+    monkeypatch.setattr(checkpoint, "fingerprint", watched)
+    train.main(CELL, *changed(sections, shared=shared))
+    stage = params.read_yaml(ROOT / "dvc.yaml")["stages"]["train"]
+    deps = {dep for dep in paths.deps(stage, str(CELL), {}) if dep.endswith(".py")}
+    own = f"stages/diffusion/schedules/{CELL.schedule}.py"
+    assert own in deps
+    assert known[0] == (deps - {own} if shared else deps)
 
 
 def test_a_second_writer_waits(sections, killed_at, capfd):

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from stages.datasets.images import to_uint8
-from stages.diffusion import noise
-from stages.diffusion.samplers import SAMPLERS, Steps, denoiser, spaced
+from stages.diffusion import noise, samplers
+from stages.diffusion.guidance import denoiser
+from stages.diffusion.samplers import Steps
 from stages.diffusion.schedules import logsnr_shift, noise_levels
-from stages.drawing.weights import load_network
+from stages.diffusion.spacings import spaced
+from stages.drawing.network import load_network
 
 FRAMES = 40  # kept of a chain at most
 
@@ -151,7 +153,7 @@ class Chain:
         def noise_at(after: int) -> Tensor:
             return noise.gaussian(self.seed, index, after, (1, self.size, self.size))
 
-        return SAMPLERS[how.sampler](denoise, noise_at(len(self.alpha_bar)), path, noise_at, **how.options)
+        return samplers.find(how.sampler)(denoise, noise_at(len(self.alpha_bar)), path, noise_at, **how.options)
 
 
 def class_sequence(index: Tensor, counts: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with the parameters that built the network in their metadata; no pickle, ever."""
+"""Tensors on disk: safetensors with JSON metadata, checked when read; no pickle, ever."""
 
 import hashlib
 import json
@@ -9,8 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stages.errors import Held, UserError, damaged, sound
-from stages.networks.unet import UNet
+from stages.errors import Held, UserError, damaged
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,12 +50,3 @@ def tensors_sha256(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
 def device() -> torch.device:
     """The CUDA device when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
-    """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, ..."""
-    weights, about = load_tensors(path)
-    with sound(path):
-        net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
-        net.load_state_dict(weights)
-    return net.to(device(), memory_format=torch.channels_last).eval(), about  # type: ignore[call-overload]

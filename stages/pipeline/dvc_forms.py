@@ -134,12 +134,13 @@ def is_recorded(
         before: a stage; it and those after it do not count.
     """
     made: dict[str, str] = {}
+    values = loaded.model_dump()
     for name, stage in itertools.takewhile(lambda item: item[0] != before, stages.items()):
         entry = recorded(lock, f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
         locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
         if (entry.get("params") or {}).get("params.yaml") != params_of(stage, cell, loaded):
             return False
-        if locked.keys() != {paths.of_item(dep, str(cell)) for dep in stage["deps"]}:
+        if locked.keys() != set(paths.deps(stage, str(cell), values)):
             return False
         if any(digest != (made.get(path) or md5(Path(path))) for path, digest in locked.items()):
             return False

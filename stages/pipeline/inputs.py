@@ -21,12 +21,12 @@ class Inputs:
 
     def look(self) -> None:
         """See how the data that the stage reads look: names, sizes, times."""
-        self.data = {path: list(_listing(Path(path))) for path in _entries("deps") if path not in self.content}
+        self.data = {path: list(_listing(Path(path))) for path in self._deps() if path not in self.content}
 
     def changed(self) -> list[str]:
         """What is no longer as it was: files of code, dotted names of parameters with both values, paths of data."""
         found = []
-        for path in _entries("deps"):
+        for path in self._deps():
             code = path in self.content and self.content[path] != _bytes(path)
             if code or (path in self.data and self.data[path] != list(_listing(Path(path)))):
                 found.append(path)
@@ -37,33 +37,45 @@ class Inputs:
                 found.append(PARAMS)
         return found
 
+    def _deps(self) -> list[str]:
+        """The deps of this stage, with the choices of params.yaml as it was; none where DVC runs no stage here."""
+        from stages.pipeline import params, paths
 
-def _entries(kind: str) -> list[str]:
-    """The deps or the params of this stage by dvc.yaml, resolved; none where DVC runs no stage here."""
-    from stages.pipeline import dvc_forms, paths, processes
+        stage, item = _stage()
+        if not stage or PARAMS not in self.content:
+            return []
+        return paths.deps(stage, item, params.parse_yaml(self.content[PARAMS].decode("utf-8-sig"), Path(PARAMS)))
+
+
+def _stage() -> tuple[dict[str, Any], str]:
+    """The section of this stage in dvc.yaml, and its dataset or cell; empty where DVC runs no stage here."""
+
+    from stages.pipeline import dvc_forms, processes
 
     name, item = processes.dvc_stage()
-    stage = dvc_forms.stages().get(name, {}) if name else {}
-    return [paths.of_item(entry, item) for entry in stage.get(kind, [])]
+    return (dvc_forms.stages().get(name, {}) if name else {}), item
 
 
 def _differences(before: bytes, now: bytes) -> Iterator[str]:
-    from stages.pipeline import params
+    from stages.pipeline import params, paths
 
     then, new = (params.parse_yaml(text.decode(), Path(PARAMS)) for text in (before, now))
-    for name in _entries("params"):
-        yield from _compared(name, _at(then, name), _at(new, name))
+    stage, item = _stage()
+    for name in (paths.of_item(entry, item) for entry in stage.get("params", [])):
+        yield from (f"{key} from {before} to {after}" for key, before, after in compared(name, at(then, name), at(new, name)))
 
 
-def _compared(name: str, then: Any, new: Any) -> Iterator[str]:
+def compared(name: str, then: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values of a parameter differ: dotted names, each with the value before and after, None where there is none."""
     if isinstance(then, dict) and isinstance(new, dict):
         for key in [*then, *(new.keys() - then.keys())]:
-            yield from _compared(f"{name}.{key}", then.get(key), new.get(key))
+            yield from compared(f"{name}.{key}", then.get(key), new.get(key))
     elif then != new:
-        yield f"{name} from {then} to {new}"
+        yield name, then, new
 
 
-def _at(values: Any, dotted: str) -> Any:
+def at(values: Any, dotted: str) -> Any:
+    """The value of a dotted name in nested mappings; None where there is none."""
     for part in dotted.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values

@@ -1,12 +1,29 @@
 """Where every file of a dataset or a cell lives, relative to the root of the working tree; dvc.yaml names the same paths."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 
 def of_item(entry: str, item: str) -> str:
     """An entry of dvc.yaml for one dataset, or for one cell, by its name."""
-    return entry.replace("${item.dataset}", item.partition("-")[0]).replace("${key}", item)
+    dataset, schedule, *_ = [*item.split("-"), ""]
+    return entry.replace("${item.dataset}", dataset).replace("${item.schedule}", schedule).replace("${key}", item)
+
+
+def deps(stage: dict[str, Any], item: str, values: dict[str, Any]) -> list[str]:
+    """What a stage reads, by its section of dvc.yaml, for one dataset or cell; `values`: the content of params.yaml.
+
+    Each path once: two parameters may choose the same file.
+    """
+
+    def value(dotted: re.Match[str]) -> str:
+        found: Any = values
+        for part in dotted[1].split("."):
+            found = found[part]
+        return str(found)
+
+    return list(dict.fromkeys(re.sub(r"\$\{([\w.]+)\}", value, of_item(dep, item)) for dep in stage["deps"]))
 
 
 def outs(stage: dict[str, Any]) -> list[str]:

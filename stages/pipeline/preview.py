@@ -5,8 +5,10 @@ from torch import Tensor
 
 from stages.datasets.images import to_uint8
 from stages.diffusion import noise
+from stages.diffusion.guidance import denoiser
 from stages.diffusion.process import Prediction
-from stages.diffusion.samplers import ddim, denoiser, spaced
+from stages.diffusion.samplers import ddim
+from stages.diffusion.spacings import spaced
 from stages.networks.unet import UNet
 from stages.pipeline.grids import Pixels, grid
 
@@ -21,5 +23,5 @@ def preview(net: UNet, size: int, prediction: Prediction, alpha_bar: Tensor) -> 
     T = len(alpha_bar)
     denoise = denoiser(net, prediction, y, unlabelled=net.num_classes)
     x_T = noise.gaussian(0, index, T, (1, size, size))
-    *_, (x, _) = ddim(denoise, x_T, spaced(alpha_bar, min(12, T), "trailing"), lambda _: x_T)  # eta is 0: no noise is used
+    *_, (x, _) = ddim.sample(denoise, x_T, spaced(alpha_bar, min(12, T), "trailing"), lambda _: x_T)  # eta is 0: no noise is used
     return grid(to_uint8(x).cpu().numpy(), SIDE, scale=2)

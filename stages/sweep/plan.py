@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from stages.errors import UserError, in_one_line
 from stages.pipeline import dvc_forms, params, paths, sources
 from stages.pipeline.files import whole_file
-from stages.sweep import repair
+from stages.sweep import reasons, repair
 from stages.tracking import results
 from stages.tracking.provenance import Tree
 
@@ -31,7 +31,7 @@ PER_DATASET = ("fetch", "prepare", "extractor", "reference")
 
 
 def plan() -> None:
-    """Print the stages that are out of date or follow from one that is, and a time from what was last recorded."""
+    """Print the stages that are out of date or follow from one that is, why, and a time from what was last recorded."""
     loaded = params.load()  # a mistake in it is told here, in one line
     for dataset in loaded.sweep.datasets:
         sources.refuse_outputs(dataset, loaded.data[dataset])
@@ -45,12 +45,15 @@ def plan() -> None:
         raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
     if asked.returncode:
         raise UserError(f"`dvc status` failed: {' '.join(asked.stderr.split())}")
-    stages = with_followers(set(json.loads(asked.stdout)))
+    changed = json.loads(asked.stdout)
+    stages = with_followers(set(changed))
     if not stages:
         print("Nothing to run: every result is up to date.")
         return
     counts = Counter(name.partition("@")[0] for name in stages)
     print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
+    for line in reasons.lines(changed, Tree.read(), stages):
+        print(line)
     known = [seconds for name in stages if (seconds := expected_seconds(name)) is not None]
     unknown = len(stages) - len(known) - counts["compare"]
     if known:
@@ -62,15 +65,15 @@ def plan() -> None:
 
 def with_followers(changed: set[str]) -> list[str]:
     """The changed stages and all that follow from them, in the order of dvc.yaml: what will run unless an output stays the same."""
-    stages = dvc_forms.stages()
-    cells = list(params.load().sweep.cells())
+    stages, loaded = dvc_forms.stages(), params.load()
+    cells, values = list(loaded.sweep.cells()), loaded.model_dump()
     names = {name: [str(cell) for cell in cells] if name in PER_CELL else {cell.dataset for cell in cells} for name in stages}
     found: list[str] = []
     made: list[str] = []  # outputs of the stages found so far
     for name, stage in stages.items():
         for item in sorted(names[name]) if "matrix" in stage else [""]:
             full = f"{name}@{item}" if item else name
-            deps = [paths.of_item(dep, item) for dep in stage["deps"]]
+            deps = paths.deps(stage, item, values)
             if full in changed or any(_overlap(dep, out) for dep in deps for out in made):
                 found.append(full)
                 made += [paths.of_item(out, item) for out in paths.outs(stage)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stages.diffusion import by_name
 from stages.errors import UserError, masked
 from stages.pipeline import dvc_forms, params, paths
 from stages.pipeline.files import content_hash
@@ -31,9 +32,13 @@ class Tree:
         """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
 
         It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
-        never an output, nor line endings. Raises UserError when DVC did not fetch the raw data.
+        never an output, nor line endings, nor a schedule or sampler that it does not use. Raises UserError when DVC did not fetch
+        the raw data.
         """
-        code = {dep for stage in self.stages.values() for dep in stage["deps"] if dep.endswith(".py")}
+        values = self.params.model_dump()
+        deps = {dep for stage in self.stages.values() for dep in paths.deps(stage, str(cell), values)}
+        others = {f"stages/diffusion/schedules/{name}.py" for name in by_name.names("schedules") if name != cell.schedule}
+        code = {dep for dep in deps - others if dep.endswith(".py")}  # prepare reads others, for a picture alone
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self._chain(cell)
         decisive = {name: value for name, value in flat.items() if not _decides_no_pixel(name)}

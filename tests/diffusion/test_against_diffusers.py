@@ -11,11 +11,14 @@ import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 
+from stages.diffusion import samplers, schedules
+from stages.diffusion.guidance import denoiser
 from stages.diffusion.process import logsnr
-from stages.diffusion.samplers import SAMPLERS, denoiser, spaced
-from stages.diffusion.schedules import SCHEDULES, without_signal_at_the_end
+from stages.diffusion.schedules import without_signal_at_the_end
+from stages.diffusion.spacings import spaced
 
 T = 200
+SCHEDULES = schedules.names()
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 # Our sampler and its options; theirs, its options, and those of its step.
@@ -30,7 +33,7 @@ PAIRS = {
 
 
 def betas(schedule):
-    alpha_bar = SCHEDULES[schedule](T)
+    alpha_bar = schedules.find(schedule)(T)
     return 1 - alpha_bar / np.array([1, *alpha_bar[:-1]])
 
 
@@ -45,7 +48,7 @@ def theirs(name, schedule, prediction, clip, spacing="leading", **options):
 
 def in_float64(scheduler, schedule):
     """Put our table in the place of its float32 one."""
-    scheduler.alphas_cumprod = torch.from_numpy(SCHEDULES[schedule](T))
+    scheduler.alphas_cumprod = torch.from_numpy(schedules.find(schedule)(T))
     scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     return scheduler
 
@@ -66,7 +69,7 @@ def step_difference(pair, schedule, prediction, clip, t, *, float64=True, **chan
     scheduler.set_timesteps(T)
     if float64:
         in_float64(scheduler, schedule)
-    alpha_bar = torch.from_numpy(SCHEDULES[schedule](T))
+    alpha_bar = torch.from_numpy(schedules.find(schedule)(T))
     path = torch.stack([alpha_bar[t], alpha_bar[t - 1] if t else torch.ones_like(alpha_bar[0])])
     x = start()
     level = logsnr(alpha_bar[t])
@@ -74,7 +77,7 @@ def step_difference(pair, schedule, prediction, clip, t, *, float64=True, **chan
     their_x = scheduler.step(network(x, level), t, x, **rng, **{**step_options, **changed}).prev_sample
     denoise = denoiser(lambda x, level, y: network(x, level[0]), prediction, torch.zeros(3).long(), unlabelled=0, clip=clip)
     noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    ((our_x, _),) = SAMPLERS[ours](denoise, x, path, lambda after: noise, **our_options)
+    ((our_x, _),) = samplers.find(ours)(denoise, x, path, lambda after: noise, **our_options)
     return ((our_x - their_x).abs().max() / our_x.abs().max().clamp_min(1)).item()
 
 
@@ -85,7 +88,7 @@ def chain_difference(pair, schedule, prediction, clip, steps, *, float64=True, s
     if float64:
         in_float64(scheduler, schedule)
     scheduler.set_timesteps(steps)
-    alpha_bar = torch.from_numpy(SCHEDULES[schedule](T))
+    alpha_bar = torch.from_numpy(schedules.find(schedule)(T))
     if name.startswith("DPM") and float64:
         levels = torch.cat([alpha_bar[scheduler.timesteps], torch.ones_like(alpha_bar[:1])])
         scheduler.sigmas = ((1 - levels) / levels).sqrt()
@@ -99,7 +102,7 @@ def chain_difference(pair, schedule, prediction, clip, steps, *, float64=True, s
         output = network(their_x, logsnr(alpha_bar[t])).to(their_x.dtype)
         their_x = scheduler.step(output, t, their_x, **rng, **step_options).prev_sample
     denoise = denoiser(lambda x, level, y: network(x, level[0]), prediction, torch.zeros(3).long(), unlabelled=0, clip=clip)
-    *_, (our_x, _) = SAMPLERS[ours](
+    *_, (our_x, _) = samplers.find(ours)(
         denoise, x, spaced(alpha_bar, steps, spacing), lambda after: draws[steps - 1 - after], **our_options
     )
     return ((our_x - their_x).abs().max() / our_x.abs().max().clamp_min(1)).item()
@@ -109,24 +112,24 @@ def chain_difference(pair, schedule, prediction, clip, steps, *, float64=True, s
 def test_tables_from_the_same_betas(schedule):
     table = theirs("DDPMScheduler", schedule, "v", True).alphas_cumprod
     # A product of 200 float32 factors, each rounded to 6e-8; near 1 and near 0 the absolute error is what counts.
-    assert np.abs(table.numpy() - SCHEDULES[schedule](T)).max() < 2e-6
+    assert np.abs(table.numpy() - schedules.find(schedule)(T)).max() < 2e-6
 
 
 def test_tables_of_their_own():
     linear = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02).alphas_cumprod
     for name in ("linear", "linear_unscaled"):  # theirs is not rescaled with T: at T = 1000 it is the same
-        assert np.abs(linear.numpy() - SCHEDULES[name](1000)).max() < 2e-6
+        assert np.abs(linear.numpy() - schedules.find(name)(1000)).max() < 2e-6
     cosine = torch.cumprod(1 - betas_for_alpha_bar(T, alpha_transform_type="cosine"), 0)
-    assert np.abs(cosine.numpy() - SCHEDULES["cosine"](T)).max() < 2e-6
+    assert np.abs(cosine.numpy() - schedules.find("cosine")(T)).max() < 2e-6
     # Known-bad: their "sigmoid" is another schedule of that name, whose betas follow a sigmoid.
     other = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid").alphas_cumprod
-    assert np.abs(other.numpy() - SCHEDULES["sigmoid"](1000)).max() > 0.1
+    assert np.abs(other.numpy() - schedules.find("sigmoid")(1000)).max() > 0.1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_zero_terminal_snr(schedule):
     rescaled = torch.cumprod(1 - rescale_zero_terminal_snr(torch.from_numpy(betas(schedule))), 0).numpy()
-    np.testing.assert_allclose(without_signal_at_the_end(SCHEDULES[schedule](T)), rescaled, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(without_signal_at_the_end(schedules.find(schedule)(T)), rescaled, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("clip", [True, False])

@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 import torch
 
+from stages.diffusion import schedules
 from stages.diffusion.likelihood import HALF_BIN, decoder_nll, prior_kl, step_chances, step_kl
 from stages.diffusion.process import loss_weights, q_posterior, q_sample
-from stages.diffusion.schedules import SCHEDULES
 
 S = 0.6  # standard deviation of a Gaussian x0 of mean 0
 N = 20_000
@@ -30,10 +30,10 @@ def test_prior_is_the_divergence_of_two_gaussians():
     assert prior_kl(x0, a * 0).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.names())
 @pytest.mark.parametrize("t", [1, 17, 99])
 def test_a_step_is_the_divergence_of_two_posteriors(schedule, t):
-    table = torch.from_numpy(SCHEDULES[schedule](100))
+    table = torch.from_numpy(schedules.find(schedule)(100))
     x0, x0_hat, x_t = normal(1, 1, 1, 1), normal(1, 1, 1, 1, seed=1), normal(1, 1, 1, 1, seed=2)
     a, before = table[t : t + 1], table[t - 1 : t]
     (mean, variance), (other, _) = q_posterior(x0, x_t, a, before), q_posterior(x0_hat, x_t, a, before)
@@ -48,7 +48,7 @@ def test_bound_of_a_gaussian_with_its_exact_denoiser_is_its_closed_form():
 
     N draws of it know each term to sqrt(2 / N) = 1 %, and their sum far better.
     """
-    table = torch.from_numpy(SCHEDULES["cosine"](100))
+    table = torch.from_numpy(schedules.find("cosine")(100))
     x0, eps = S * normal(N, 1, 1, 1), normal(N, 1, 1, 1, seed=1)
     got = expected = 0.0
     for t in range(1, 100):
@@ -76,10 +76,10 @@ def test_bound_of_a_gaussian_falls_to_its_information_as_steps_grow_shorter():
     assert wasted[2] < 0.01
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.names())
 def test_steps_are_drawn_as_often_as_they_count_for_a_standard_normal(schedule):
     """Short steps, or a step's KL is not proportional to the logarithm's derivative: within 10 % at T = 1000, but for the ends."""
-    table = torch.from_numpy(SCHEDULES[schedule](1000))
+    table = torch.from_numpy(schedules.find(schedule)(1000))
     chance = step_chances(table)
     assert chance.sum().item() == pytest.approx(1)
     assert chance[0] == 0
@@ -90,7 +90,7 @@ def test_steps_are_drawn_as_often_as_they_count_for_a_standard_normal(schedule):
 
 
 def test_mean_of_the_variational_loss_is_the_bound_but_for_constants():
-    table = torch.from_numpy(SCHEDULES["linear"](50))
+    table = torch.from_numpy(schedules.find("linear")(50))
     errors = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     steps = step_kl(errors[1:], table[1:], table[:-1]).sum()
     gaussian_decoder = 0.5 * errors[0] / (1 - table[0])

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from stages.diffusion import schedules
 from stages.diffusion.process import alpha_bar_of, logsnr, loss_weights, q_posterior, q_sample, target, x0_and_eps
-from stages.diffusion.schedules import SCHEDULES
 
 PREDICTIONS = ("eps", "x0", "v")
 
@@ -33,7 +33,7 @@ def test_q_sample_equals_the_chain_of_single_steps():
 
     The often-copied step without its sqrt(1 - beta) does not: it is kept here to show that the test can fail.
     """
-    alpha_bar = SCHEDULES["linear"](100)
+    alpha_bar = schedules.find("linear")(100)
     alphas = [alpha_bar[0], *(alpha_bar[1:] / alpha_bar[:-1])]
     mean, variance = 1.0, 0.0
     forgetful_mean, forgetful_variance = 1.0, 0.0
@@ -47,12 +47,12 @@ def test_q_sample_equals_the_chain_of_single_steps():
     assert forgetful_variance != pytest.approx(1 - alpha_bar[59], rel=0.1)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", schedules.names())
 @pytest.mark.parametrize("step", [(1, 0), (99, 98), (99, 40), (50, 10)])
 def test_posterior_is_the_product_of_two_gaussians(name, step):
     """q(x_prev | x_t, x0) is proportional to q(x_prev | x0) q(x_t | x_prev): precisions add, means are weighted by them."""
     t, prev = step
-    a, a_prev = (torch.tensor([SCHEDULES[name](100)[i]]) for i in (t, prev))
+    a, a_prev = (torch.tensor([schedules.find(name)(100)[i]]) for i in (t, prev))
     x0, x_t = normal(1, 1, 3, 3), normal(1, 1, 3, 3, seed=1)
     alpha = a / a_prev
     prior = 1 / (1 - a_prev)
@@ -76,7 +76,7 @@ def test_logsnr_there_and_back():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_weighted_errors_agree_across_predictions(weighting, prediction):
     """A wrong x0_hat is a wrong eps_hat and a wrong v_hat: weighted, the three errors are one number."""
-    alpha_bar = torch.from_numpy(SCHEDULES["cosine"](50))
+    alpha_bar = torch.from_numpy(schedules.find("cosine")(50))
     x0, eps, wrong = normal(50, 1, 4, 4), normal(50, 1, 4, 4, seed=1), normal(50, 1, 4, 4, seed=2)
     a = alpha_bar.reshape(-1, 1, 1, 1)
     x_t = q_sample(x0, alpha_bar, eps)

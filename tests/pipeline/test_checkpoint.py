@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages.drawing.weights import load_network, load_tensors
+from stages.drawing.network import load_network
+from stages.drawing.weights import load_tensors
 from stages.errors import UserError
 from stages.networks.classifier import Classifier
 from stages.networks.unet import UNet

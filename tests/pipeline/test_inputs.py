@@ -44,6 +44,7 @@ def edit(path: str | Path, change: Callable[[str], str]) -> None:
         ("params.yaml", lambda text: text + "\n[", ["params.yaml"]),
         ("stages/train.py", lambda text: text + "# changed\n", ["stages/train.py"]),
         ("stages/networks/unet.py", lambda text: text + "# changed\n", ["stages/networks/unet.py"]),
+        ("stages/diffusion/schedules/cosine.py", lambda text: text + "#\n", ["stages/diffusion/schedules/cosine.py"]),
         (TRAIN, lambda text: text + "!", [str(TRAIN)]),
     ],
 )  # fmt: skip
@@ -62,12 +63,24 @@ def test_a_change_is_named(started: inputs.Inputs, path: str, change: Callable[[
         ("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 1.0 # of the norm")),
         ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),
         ("stages/evaluate.py", lambda text: text + "# changed\n"),
-        ("stages/sweep/plan.py", lambda text: text + "# changed\n"),
+        ("stages/diffusion/schedules/linear.py", lambda text: text + "# changed\n"),
+        ("stages/pipeline/plan.py", lambda text: text + "# changed\n"),
     ],
 )
 def test_what_is_not_of_this_stage_may_change(started: inputs.Inputs, path: str, change: Callable[[str], str]) -> None:
     edit(path, change)
     assert started.changed() == []
+
+
+def test_a_choice_that_is_made_anew_is_a_changed_parameter_and_the_file_that_was_chosen_stays_watched(
+    started: inputs.Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "sample@mnist-cosine-200-0")
+    chosen = "stages/diffusion/samplers/sde_dpm_solver_pp_2m.py"
+    edit("params.yaml", lambda text: text.replace("sampler: sde_dpm_solver_pp_2m", "sampler: heun"))
+    edit("stages/diffusion/samplers/heun.py", lambda text: text + "# changed\n")
+    edit(chosen, lambda text: text + "# changed\n")
+    assert started.changed() == [chosen, "sample.fast.sampler from sde_dpm_solver_pp_2m to heun"]
 
 
 @pytest.mark.usefixtures("started")

@@ -30,6 +30,9 @@ from stages.tracking.runs import pulse
     [
         ("stages/networks/unet.py", lambda text: text + "# changed\n"),
         ("stages/fidelity/frechet.py", lambda text: text + "# changed\n"),
+        ("stages/diffusion/schedules/cosine.py", lambda text: text + "# changed\n"),
+        ("stages/diffusion/samplers/sde_dpm_solver_pp_2m.py", lambda text: text + "# changed\n"),
+        ("stages/diffusion/samplers/ddpm.py", lambda text: text + "# changed\n"),
         ("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0")),
         ("params.yaml", lambda text: text.replace("longer: {persian_glyphs: 2}", "longer: {mnist: 3, persian_glyphs: 2}")),
         ("params.yaml", lambda text: text.replace("min_scored: 500", "min_scored: 501")),
@@ -47,7 +50,9 @@ def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[
     ("path", "change"),
     [
         ("stages/networks/unet.py", lambda text: text.replace("\n", "\r\n")),
-        ("stages/tracking/mirror.py", lambda text: text + "# changed\n"),
+        ("stages/pipeline/tracking.py", lambda text: text + "# changed\n"),
+        ("stages/diffusion/schedules/linear.py", lambda text: text + "# changed\n"),
+        ("stages/diffusion/samplers/heun.py", lambda text: text + "# changed\n"),
         ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),
         ("params.yaml", lambda text: text.replace("train_images: 20000", "train_images: 20001")),
         ("params.yaml", lambda text: text.replace("schedules: [linear, cosine]", "schedules: [cosine]")),

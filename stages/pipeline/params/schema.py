@@ -5,9 +5,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from stages.diffusion.schedules import SCHEDULES
+from stages.diffusion import by_name, schedules
 from stages.errors import UserError
 from stages.pipeline.params.wording import short
 
@@ -40,6 +50,17 @@ Phases = Annotated[
 ]
 
 
+def _name_in(folder: str) -> AfterValidator:
+    """Refuses what is no file of `schedules` or `samplers`; a new file is known without a word here."""
+
+    def known(name: str) -> str:
+        if name not in (names := by_name.names(folder)):
+            raise PydanticCustomError("unknown_name", "input should be one of {names}", {"names": ", ".join(names)})
+        return name
+
+    return AfterValidator(known)
+
+
 class Section(BaseModel):
     """One section of params.yaml: strict types, finite numbers, no unknown keys, never changed after it is read."""
 
@@ -50,7 +71,7 @@ class Sweep(Section):
     """What is varied: one cell per combination."""
 
     datasets: Annotated[list[DatasetName], Axis]
-    schedules: Annotated[list[str], Axis]
+    schedules: Annotated[list[Annotated[str, _name_in("schedules")]], Axis]
     timesteps: Annotated[list[Annotated[int, Field(ge=2, le=100_000)]], Axis]
     seeds: Annotated[list[Seed], Axis]
 
@@ -72,9 +93,7 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _every_beta_inside_0_1(self) -> "Sweep":
         for name, T in itertools.product(self.schedules, {min(self.timesteps), max(self.timesteps)}):
-            if name not in SCHEDULES:
-                raise ValueError(f"schedules names {short(name)}; allowed: {', '.join(SCHEDULES)}")
-            SCHEDULES[name](T)
+            schedules.find(name)(T)
         return self
 
     def cells(self) -> Iterator["Cell"]:
@@ -255,7 +274,7 @@ class Train(Section):
 class FastSampler(Section):
     """The sampler of the headline score: the same number of steps in every cell."""
 
-    sampler: Literal["ddpm", "ddim", "dpm_solver_pp_2m", "sde_dpm_solver_pp_2m", "heun"]
+    sampler: Annotated[str, _name_in("samplers")]
     spacing: Literal["trailing", "leading", "linspace", "even_logsnr", "karras", "shifted_cosine"]
     steps: Count
     eta: Fraction

@@ -1,0 +1,19 @@
+"""A trained network, built again from its file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.drawing.weights import device, load_tensors
+from stages.errors import sound
+from stages.networks.unet import UNet
+
+
+def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
+    """A trained network in eval mode on `device()`, and what its file says: network, diffusion, num_classes, size, ..."""
+    weights, about = load_tensors(path)
+    with sound(path):
+        net = UNet(size=about["size"], num_classes=about["num_classes"], **about["network"])
+        net.load_state_dict(weights)
+    return net.to(device(), memory_format=torch.channels_last).eval(), about  # type: ignore[call-overload]
