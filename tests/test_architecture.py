@@ -38,7 +38,7 @@ CHOICES = {  # what stands for a choice in dvc.yaml: the names that may be chose
     "${sample.ancestral.sampler}": ["ddpm"],
 }
 NAMED = [path for path in SOURCES if re.fullmatch(r"stages/diffusion/(schedules|samplers)/[^_]\w*\.py", path)]
-# What decides results, though it lies among the plumbing: how images are laid out, how plots are drawn, what a row of a table holds.
+# What decides results, though it lies among the plumbing: how images are laid out, how plots are drawn, what a row holds.
 DECIDING = {"stages/pipeline/grids.py", "stages/pipeline/figures.py", "stages/tracking/results.py"}
 # What decides none, though it lies in a room that does: it reads what is there, or refuses.
 READING = "stages/drawing/weights.py"
@@ -220,9 +220,9 @@ def test_code_deps_are_the_import_closure_and_what_is_found_by_name(stage: str) 
     listed = [dep for dep in GRAPH[stage]["deps"] if dep.endswith(".py")]
     assert len(listed) == len(set(listed))
     assert {dep for dep in listed if "${" not in dep} == closure(f"stages/{stage}.py", SOURCES) - GLANCED_AT.get(stage, set())
-    assert [dep for dep in listed if "${" in dep] == [
+    assert {dep for dep in listed if "${" in dep} == {
         f"stages/diffusion/{folder}/{name}.py" for folder, names in found_by_name(stage).items() for name in names
-    ]
+    }
 
 
 def found_by_name(stage: str) -> dict[str, list[str]]:

@@ -109,7 +109,7 @@ def test_wider_images_are_drawn_and_guided_at_noisier_levels(options, monkeypatc
 
 
 def test_the_rate_is_that_of_all_cores_at_work(options):
-    chain = sample.Chain(CELL, options, paths.weights(str(CELL)) / "ema.safetensors", [2, 1, 1])
+    chain = sample.chain_of(CELL, options, paths.weights(str(CELL)) / "ema.safetensors", [2, 1, 1])
     shares = {}
     for cores in (1, 2, 8):
         chain.cores = cores

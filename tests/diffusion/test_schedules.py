@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from stages.diffusion import by_name
+from stages.diffusion import by_name, schedules
 from stages.diffusion.schedules import SHARED_LEVELS, find, names, noise_levels, shared_levels, without_signal_at_the_end
 
 TS = (25, 100, 200, 1000)

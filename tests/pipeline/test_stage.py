@@ -1,12 +1,16 @@
 """What every stage writes, whole or not at all, and how it ends where the machine is in the way."""
 
+import contextlib
 import errno
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from PIL import Image
 
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError, in_one_line, sound
-from stages.pipeline import params
+from stages.pipeline import params, paths, stage
 from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.files import read_json, whole_file, whole_files, whole_folder, write_archive, write_json
 from stages.sweep import plan, runner
@@ -163,6 +167,43 @@ def test_trouble_of_the_machine_is_one_line_and_a_mistake_of_the_code_is_none(tm
         (tmp_path / "no").read_bytes()
     with pytest.raises(ZeroDivisionError), in_one_line("stage"):
         print(1 / 0)
+
+
+class Heard(stage.Listener):
+    """Keeps what it hears."""
+
+    told: ClassVar[list[object]] = []
+
+    def start(self) -> None:
+        self.told.append("start")
+
+    def point(self, numbers: dict[str, float], picture: Path, share: float, seconds_left: float) -> None:
+        self.told.append(numbers["step"])
+
+    def end(self, error: BaseException | None) -> None:
+        self.told.append(type(error))
+
+
+@pytest.mark.parametrize("error", [None, UserError("no"), ZeroDivisionError(), KeyboardInterrupt()])
+def test_a_listener_hears_of_start_points_and_end(
+    error: BaseException | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(dataset: str, listener: stage.Listener) -> None:
+        assert dataset == "mnist"
+        listener.point({"step": 1}, Path("x.png"), 0.5, 1.0)
+        if error:
+            raise error
+
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "mnist"])
+    monkeypatch.setattr(Heard, "told", told := [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    ends = (SystemExit, ZeroDivisionError) if error else ()
+    with pytest.raises(ends) if ends else contextlib.nullcontext():
+        stage.run(main, Heard)
+    assert told == ["start", 1, type(error)]
+    assert paths.timing("train", "mnist").exists() == (error is None)
 
 
 @pytest.mark.parametrize(
