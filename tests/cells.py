@@ -30,7 +30,7 @@ def record(cell: Cell, *, last: str) -> None:
     values = tree.params.model_dump()
     for name, stage in tree.stages.items():
         outs = paths.outs(stage)
-        entry = {"cmd": "", "deps": [], "params": {"params.yaml": provenance._params_of(stage, cell, tree.params)}, "outs": []}
+        entry = {"cmd": "", "deps": [], "params": {"params.yaml": dvc_forms.params_of(stage, cell, tree.params)}, "outs": []}
         for path in paths.deps(stage, str(cell), values):
             entry["deps"].append({"path": path, "md5": made.get(path) or provenance.md5(Path(path))})
         for path in (paths.of_item(out, str(cell)) for out in outs):

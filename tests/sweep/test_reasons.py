@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mirror import CELL, OTHER, edit, record
+from cells import CELL, OTHER, edit, record
 
-from stages.pipeline import reasons
+from stages.sweep import reasons
 from stages.tracking.provenance import Tree
 
 SAMPLE, TRAIN, FETCH = f"sample@{CELL}", f"train@{CELL}", f"fetch@{CELL.dataset}"
