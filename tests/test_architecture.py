@@ -12,6 +12,7 @@ from stages.pipeline import params, paths
 
 ROOT = Path(__file__).parents[1]
 SCIENCE = ("diffusion", "networks", "datasets", "fidelity")
+TRAINING_KNOWS = ("stages.diffusion", "stages.networks", "stages.datasets.images", "stages.training")
 MLFLOW = {"stages/pipeline/tracking.py", "stages/pipeline/store.py"}
 YAML_READERS = {"ruamel", "yaml"}
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "stages").rglob("*.py"))}
@@ -43,7 +44,12 @@ def wrong_imports(sources: dict[str, str]) -> Iterator[str]:
             inside = parts[1] if parts[0] == "stages" and len(parts) > 1 else ""
             wrong = {
                 "a stage is imported by nobody": parts[0] == "stages" and f"stages/{inside}.py" in sources,
-                "science imports its own room only": room(path) in SCIENCE and inside in {"pipeline", *SCIENCE} - {room(path)},
+                "science imports its own room only": room(path) in SCIENCE
+                and inside in {"pipeline", "training", *SCIENCE} - {room(path)},
+                "training imports the science that it needs": room(path) == "training"
+                and parts[0] == "stages"
+                and not name.startswith(tuple(f"{known}." for known in TRAINING_KNOWS)),
+                "stages alone import training": inside == "training" and room(path) not in ("", "training"),
                 "tracking and its store alone import mlflow": parts[0] == "mlflow" and path not in MLFLOW,
                 "params alone reads YAML": parts[0] in YAML_READERS and path != "stages/pipeline/params.py",
                 "only what runs stages knows DVC": parts[0] == "dvc",
@@ -58,6 +64,11 @@ def wrong_imports(sources: dict[str, str]) -> Iterator[str]:
         ("stages/diffusion/x.py", "def f():\n    import stages.networks.unet"),
         ("stages/pipeline/x.py", "from stages.train import main"),
         ("stages/pipeline/x.py", "import mlflow.entities"),
+        ("stages/networks/x.py", "from stages.training.state import State"),
+        ("stages/pipeline/x.py", "from stages.training import step"),
+        ("stages/training/x.py", "from stages.pipeline import paths"),
+        ("stages/training/x.py", "from stages.fidelity.frechet import Gaussian"),
+        ("stages/training/x.py", "from stages.datasets.readers import read"),
         ("stages/compare.py", "from ruamel.yaml import YAML"),
         ("stages/pipeline/x.py", "import dvc.api"),
     ],
@@ -74,7 +85,7 @@ def code_of(name: str, sources: dict[str, str]) -> str | None:
 
 
 def closure(stage: str, sources: dict[str, str]) -> set[str]:
-    """The files that can change a stage's result: its own and the science it imports, directly or through the loaders.
+    """The files that can change a stage's result: its own, and the science and training it imports, directly or by the loaders.
 
     pipeline/ is plumbing, so what it imports does not count, but for the networks that functions of checkpoint.py build.
     """
@@ -82,7 +93,7 @@ def closure(stage: str, sources: dict[str, str]) -> set[str]:
     found, waiting = {start}, [*imports(sources[start]), *built_by_loaders(sources[start], sources)]
     while waiting:
         file = code_of(waiting.pop(), sources)
-        if file and file not in found and room(file) in SCIENCE:
+        if file and file not in found and room(file) in (*SCIENCE, "training"):
             found.add(file)
             waiting += imports(sources[file])
     return found
@@ -108,7 +119,10 @@ def test_code_deps_are_the_import_closure(stage: str) -> None:
 
 def test_closure_follows_science_but_not_plumbing() -> None:
     sources = {
-        "stages/a.py": "from stages.networks.n import f\nfrom stages.pipeline import checkpoint, plot\ncheckpoint.load()",
+        "stages/a.py": "from stages.networks.n import f\nfrom stages.training import step\n"
+        "from stages.pipeline import checkpoint, plot\ncheckpoint.load()",
+        "stages/training/step.py": "from stages.networks import moved",
+        "stages/networks/moved.py": "",
         "stages/networks/n.py": "from stages.networks import deep",
         "stages/networks/deep.py": "",
         "stages/networks/loaded.py": "",
@@ -118,7 +132,7 @@ def test_closure_follows_science_but_not_plumbing() -> None:
         "stages/pipeline/checkpoint.py": "from stages.networks.loaded import L\nfrom stages.networks.unused import U\n"
         "def load():\n    return L()\ndef other():\n    return U()",
     }
-    expected = {"stages/a.py", "stages/networks/n.py", "stages/networks/deep.py", "stages/networks/loaded.py"}
+    expected = {"stages/a.py", "stages/training/step.py"} | {f"stages/networks/{n}.py" for n in ("n", "deep", "loaded", "moved")}
     assert closure("a", sources) == expected
 
 

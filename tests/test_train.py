@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from stages import UserError, train
+from stages.diffusion import process
 from stages.diffusion.schedules import SCHEDULES
+from stages.networks.balance import Balance
+from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths, tracking
 
 CELL = params.Cell("toy", "cosine", 8, 3)
@@ -126,13 +129,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(sections):
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(sections, monkeypatch):
-    target, calls = train.process.target, []
+    target, calls = process.target, []
 
     def broken(*args):
         calls.append(0)
         return target(*args) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(train.process, "target", broken)
+    monkeypatch.setattr(process, "target", broken)
     with pytest.raises(UserError, match=r"the loss became nan at step 2; a lower train.lr"):
         train.main(CELL, *sections)
     assert not paths.weights(str(CELL)).exists()
@@ -145,33 +148,12 @@ def test_holding_out_everything_is_refused(sections):
         train.main(CELL, *changed(sections, validation_images=48))
 
 
-def test_every_epoch_visits_every_image_once_whatever_the_batch():
-    for batch in (1, 7, 10, 33):
-        steps = -(-30 // batch)
-        seen = torch.cat([train.batch_of_step(step, batch, 10, seed=0) for step in range(1, steps + 1)])[:30]
-        for epoch in seen.split(10):
-            assert sorted(epoch.tolist()) == list(range(10))
-    assert seen[:10].tolist() != seen[10:20].tolist()
-
-
-def test_every_seed_has_an_order_and_noise_of_its_own():
-    assert train.batch_of_step(1, 32, 1000, 0).tolist() != train.batch_of_step(1, 32, 1000, 1).tolist()
-    draws = {}
-    for seed in (0, 1, 2**31 - 1):
-        for stream in (train.NOISE, train.ORDER):
-            for index in (0, 1, 2**20):
-                rng = train.generator(seed, stream, index)
-                draws[seed, stream, index] = tuple(torch.rand(2, generator=rng).tolist())
-    assert len(set(draws.values())) == len(draws) == 18
-    assert draws[1, 0, 1] == tuple(torch.rand(2, generator=train.generator(1, 0, 1)).tolist())
-
-
 def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_is_trained_on(sections, monkeypatch):
     """Images of one class lie together, each of one grey, by which it is recognised."""
     images = torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1).expand(48, 1, 8, 8)
     split = {"images": images, "labels": torch.arange(48) // 12}
     checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", split, class_names=list("abcd"))
-    q_sample, forward = train.process.q_sample, train.UNet.forward
+    q_sample, forward = process.q_sample, UNet.forward
     trained, validated, noise, told = [], [], [], []
 
     def watched(x0, alpha_bar, eps):
@@ -186,8 +168,8 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
             told.extend(y.tolist())
         return forward(self, x, logsnr, y)
 
-    monkeypatch.setattr(train.process, "q_sample", watched)
-    monkeypatch.setattr(train.UNet, "forward", listening)
+    monkeypatch.setattr(process, "q_sample", watched)
+    monkeypatch.setattr(UNet, "forward", listening)
     for seed in (3, 4):
         train.main(params.Cell("toy", "cosine", 8, seed), *changed(sections, images=[1600], label_dropout=0.25))
     held_out = set(validated)
@@ -198,63 +180,6 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
     values = torch.stack(noise)
     assert values.mean() == pytest.approx(0, abs=4 / values.numel() ** 0.5)
     assert values[:, 0, 0, 0, 0].unique().numel() == len(values) == 400  # 200 steps of either seed
-
-
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("weighting", ["simple", "variational"])
-def test_the_error_of_a_network_is_zero_where_it_is_right_and_known_where_it_is_silent(sections, prediction, weighting):
-    alpha_bar = torch.from_numpy(SCHEDULES["cosine"](20))
-    diffusion = sections[0].model_copy(update={"prediction": prediction, "weighting": weighting})
-    errors_of = train._errors(diffusion, alpha_bar, "fp32")
-    t, y = torch.arange(20), torch.zeros(20, dtype=torch.long)
-    x0, eps = torch.full((20, 1, 8, 8), -0.5), torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    def informed(x_t, logsnr, y):  # it infers eps from x_t and the level that it is told
-        a = logsnr.double().sigmoid().reshape(-1, 1, 1, 1)
-        noise = (x_t + 0.5 * a.sqrt()) / (1 - a).sqrt()
-        return {"eps": noise, "x0": torch.full_like(noise, -0.5), "v": a.sqrt() * noise + 0.5 * (1 - a).sqrt()}[prediction]
-
-    weights = train.process.loss_weights(weighting, prediction, alpha_bar)
-    assert (errors_of(informed, x0, y, t, eps) / weights.float().clamp_min(1e-6)).max() < 1e-8
-    silent = errors_of(lambda x_t, logsnr, y: torch.zeros_like(x_t), x0, y, t, eps)
-    target = train.process.target(prediction, x0, eps, alpha_bar).double().square().flatten(1).mean(1)
-    torch.testing.assert_close(silent.double(), weights * target, rtol=1e-5, atol=1e-9)
-
-
-def test_timesteps_are_stratified_and_uniform():
-    rng = torch.Generator().manual_seed(0)
-    t = torch.stack([train.stratified_timesteps(64, 8, rng) for _ in range(200)])
-    assert np.bincount(t.flatten(), minlength=8).tolist() == [1600] * 8  # 64 / 8 in every batch, exactly
-    assert train.stratified_timesteps(5, 1, rng).tolist() == [0] * 5
-
-
-def test_learning_rate_warms_up_and_falls_to_zero_late(sections):
-    options = sections[2]  # a warm-up of two steps
-    rates = [train.learning_rate(step, 8, options) / options.lr for step in range(1, 10)]
-    assert rates == pytest.approx([1 / 2, *((left / 8) ** 0.5 for left in range(7, -1, -1))])
-
-
-def test_every_optimizer_steps_at_its_share_of_the_learning_rate(sections, monkeypatch):
-    diffusion, network, options, runtime = sections
-    used = {}
-    for kind in (train.Muon, torch.optim.AdamW):
-        step = kind.step
-
-        def watched(self, *args, step=step, **kwargs):
-            used.setdefault(type(self).__name__, []).append(self.param_groups[0]["lr"])
-            return step(self, *args, **kwargs)
-
-        monkeypatch.setattr(kind, "step", watched)
-    train.main(CELL, diffusion, network, options, runtime)
-    rates = [train.learning_rate(step, 8, options) for step in range(1, 9)]
-    assert used["AdamW"] == pytest.approx(rates)
-    assert used["Muon"] == pytest.approx([rate / 2 for rate in rates])
-
-
-def test_learning_rate_may_be_halved_every_so_many_images(sections):
-    options = sections[2].model_copy(update={"halve_lr_every": 16, "warmup_images": 0})  # two steps of 8
-    rates = [train.learning_rate(step, 8, options) / options.lr for step in range(1, 9)]
-    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
 
 
 def test_the_original_recipe_trains_without_an_average_under_adam(sections):
@@ -279,8 +204,8 @@ def test_every_weighting_learns_something_else_and_nothing_else_differs(sections
         return found
 
     assert all(differ(one, other) for one, other in itertools.combinations(learnt(), 2))
-    monkeypatch.setattr(train.process, "loss_weights", lambda weighting, prediction, alpha_bar: torch.ones_like(alpha_bar))
-    monkeypatch.setattr(train.Balance, "forward", lambda self, errors, t: errors)
+    monkeypatch.setattr(process, "loss_weights", lambda weighting, prediction, alpha_bar: torch.ones_like(alpha_bar))
+    monkeypatch.setattr(Balance, "forward", lambda self, errors, t: errors)
     assert not any(differ(one, other) for one, other in itertools.combinations(learnt(), 2))
 
 
@@ -397,10 +322,10 @@ def test_a_shared_network_whose_average_is_damaged_is_trained_again(sections, ki
 def test_a_snapshot_that_changes_while_its_training_goes_on_does_not_reach_the_outs(sections, killed_at, monkeypatch):
     keep = train._keep
 
-    def spoil(work, phases, names, step, options):
-        if step == 8:
-            flip(work / "weights/ema-25.safetensors", 0.9)
-        keep(work, phases, names, step, options)
+    def spoil(job):
+        if job.state.step == 8:
+            flip(job.weights / "ema-25.safetensors", 0.9)
+        keep(job)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "_keep", spoil)
@@ -486,9 +411,9 @@ def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_a
 def test_the_levels_of_a_shared_network_hold_those_of_every_schedule():
     """Between two neighbours of them the log-SNR moves by less than a network can tell."""
     how = {"size": 28, "reference_size": 28, "zero_terminal_snr": False}
-    levels = train.process.logsnr(torch.from_numpy(train.noise_levels(*train.SHARED_LEVELS, **how)))
+    levels = process.logsnr(torch.from_numpy(train.noise_levels(*train.SHARED_LEVELS, **how)))
     for name in SCHEDULES:
-        asked = train.process.logsnr(torch.from_numpy(train.noise_levels(name, 1000, **how)))
+        asked = process.logsnr(torch.from_numpy(train.noise_levels(name, 1000, **how)))
         inside = asked[asked.abs() < 12]
         assert len(inside) > 980
         assert (levels[None] - inside[:, None]).abs().min(1).values.max() < 0.02
