@@ -143,6 +143,21 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(sections, m
     assert not list(checkpoint.workspace().glob(".state/checkpoints/*"))
 
 
+def test_what_follows_a_training_hears_of_every_report_and_how_it_ended(sections, killed_at, monkeypatch):
+    live = train.tracking.Live(CELL)
+    train.main(CELL, *sections)
+    points = [call.args for call in live.report.call_args_list]
+    assert [(metrics["step"], share) for metrics, _, share, _ in points] == [(2, 0.25), (4, 0.5), (6, 0.75), (8, 1.0)]
+    assert [picture.name for _, picture, _, _ in points] == [f"0000000{report}.png" for report in (1, 2, 3, 4)]
+    assert all({"lr", "train_loss", "val_loss", "images_per_sec"} <= metrics.keys() for metrics, *_ in points)
+    assert [seconds_left > 0 for *_, seconds_left in points] == [True, True, True, False]
+    assert killed_at(5) == [1, 2, 3, 4]
+    monkeypatch.setattr(train, "_publish", Mock(side_effect=UserError("no")))
+    with pytest.raises(UserError, match="no"):
+        train.main(CELL, *sections)
+    assert [call.args[0] for call in live.__exit__.call_args_list] == [None, Killed, UserError]
+
+
 def test_holding_out_everything_is_refused(sections):
     with pytest.raises(UserError, match=r"train.validation_images = 48 must be less than the 48 images"):
         train.main(CELL, *changed(sections, validation_images=48))
