@@ -20,10 +20,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from stages.drawing.chain import How, class_sequence  # noqa: E402
 from stages.evaluate import Judge, score_set  # noqa: E402
 from stages.fidelity.rounding import rounded  # noqa: E402
 from stages.pipeline import figures, params, paths  # noqa: E402
-from stages.sample import Chain, How, class_counts, class_sequence  # noqa: E402
+from stages.sample import chain_of, class_counts, ways  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
 WHOLE_CHAIN = [-100.0, 100.0]
@@ -53,15 +54,13 @@ class Drawer:
 
     def row(self, how: How, n: int, **changes: Any) -> dict[str, Any]:
         """Network evaluations for each image and the scores of n of them, with some keys of `sample` changed."""
-        chain = Chain(
-            self.cell, self.params.sample.model_copy(update=changes), paths.weights(str(self.cell)) / "ema.safetensors", self.counts
-        )
-        images, _, evaluations = chain.draw(n, how, label=f"{self.cell} {how[0]} {how[2]} {changes}")
+        sample = self.params.sample.model_copy(update=changes)
+        drawn = chain_of(self.cell, sample, paths.weights(str(self.cell)) / "ema.safetensors", self.counts).draw(n, how)
         labels = class_sequence(torch.arange(n), self.counts)
-        scores = score_set(self.judge, images, labels, self.params.evaluate.min_scored)
+        scores = score_set(self.judge, drawn.images, labels, self.params.evaluate.min_scored)
         names = ("precision", "recall", "fid", "accuracy")
         flat = {f"{name}{part}": scores[name][key] for name in names for part, key in PARTS.items()}
-        return {"cell": str(self.cell), "images": n, "evaluations": evaluations} | flat
+        return {"cell": str(self.cell), "images": n, "evaluations": drawn.evaluations} | flat
 
 
 def guidance(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
@@ -69,8 +68,7 @@ def guidance(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
     rows, panels = [], {}
     for name in cells:
         drawer = Drawer(name)
-        fast = drawer.params.sample.fast
-        how: How = (fast.sampler, fast.spacing, fast.steps, {"eta": fast.eta} if fast.sampler == "ddim" else {})
+        how, _ = ways(drawer.params.sample, drawer.cell.T)
         parts = {"interval": drawer.params.sample.guidance_interval, "whole chain": WHOLE_CHAIN}
         of_cell = [
             {"guided": part, "guidance": strength}
@@ -95,10 +93,12 @@ def evaluations(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
     for name in cells:
         drawer = Drawer(name)
         n, T = drawer.params.sample.snapshot_images, drawer.cell.T
-        all_steps = {"sampler": f"ddpm, all {T}"} | drawer.row(("ddpm", "trailing", T, {"variance": "posterior"}), n, guidance=0.0)
+        all_steps = {"sampler": f"ddpm, all {T}"} | drawer.row(
+            How("ddpm", "trailing", T, {"variance": "posterior"}), n, guidance=0.0
+        )
         of_cell = [
             {"sampler": label}
-            | drawer.row((sampler, spacing, steps // 2 if sampler == "heun" else steps, options), n, guidance=0.0)
+            | drawer.row(How(sampler, spacing, steps // (1 + (sampler == "heun")), options), n, guidance=0.0)
             for label, (sampler, spacing, options) in SAMPLERS.items()
             for steps in EVALUATIONS
             if steps <= T

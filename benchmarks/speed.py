@@ -5,7 +5,7 @@ line.
 Run: python benchmarks/speed.py [PIXELS A SIDE]
 """
 
-import copy
+import itertools
 import json
 import os
 import statistics
@@ -24,14 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stages import train as stage  # noqa: E402
-from stages.diffusion.schedules import noise_levels  # noqa: E402
-from stages.networks import ema  # noqa: E402
-from stages.networks.balance import Balance  # noqa: E402
-from stages.networks.unet import UNet  # noqa: E402
 from stages.pipeline import params  # noqa: E402
 from stages.pipeline.checkpoint import save_tensors  # noqa: E402
 from stages.pipeline.stage import peak_memory  # noqa: E402
-from stages.sample import Chain  # noqa: E402
+from stages.sample import chain_of, ways  # noqa: E402
+from stages.training.step import train_step  # noqa: E402
 
 ROUNDS, STEPS, CLASSES, T = 3, 20, 10, 1000
 KINDS = {
@@ -43,38 +40,31 @@ KINDS = {
 def naqsh(size: int) -> tuple[Callable[[], int], Callable[[], int], int]:
     """One training step and four chunks of samples, as params.yaml has them; each says how many images. Weights."""
     loaded = params.load(ROOT / "params.yaml")
-    torch.manual_seed(0)
-    net = UNet(size=size, num_classes=CLASSES, **loaded.network.model_dump()).to(memory_format=torch.channels_last)
-    average = copy.deepcopy(net).eval().requires_grad_(False)
-    weights, averages = list(net.parameters()), list(average.parameters())
-    how = {"size": size, **loaded.diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})}
-    alpha_bar = torch.from_numpy(noise_levels("cosine", T, **how))
-    errors_of, optimizers = stage._errors(loaded.diffusion, alpha_bar, loaded.train.precision), stage._optimizers(net, loaded.train)
-    balance, rng, batch = Balance(T), torch.Generator().manual_seed(0), loaded.train.batch
-    images, labels = torch.rand(batch, 1, size, size) * 2 - 1, torch.arange(batch) % CLASSES
+    batch = loaded.train.batch
+    images, labels = torch.randint(256, (batch, 1, size, size), dtype=torch.uint8), torch.arange(batch) % CLASSES
+    rows = torch.arange(batch)
+    split = stage.Split(images, labels, rows, rows, [str(label) for label in range(CLASSES)])
+    state = stage.begin(0, ("cosine", T), split, loaded.diffusion, loaded.network, loaded.train)
+    steps = itertools.cycle(range(1, state.timetable.end + 1))
 
     def step() -> int:
-        t, eps = stage.stratified_timesteps(batch, T, rng), torch.randn(images.shape, generator=rng)
-        balance(errors_of(net, images, labels, t, eps), t).mean().backward()
-        torch.nn.utils.clip_grad_norm_(weights, loaded.train.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        net.zero_grad()
-        ema.update(averages, weights, step=1, halflife=loaded.train.ema_halflife)
+        train_step(state, (images, labels), number := next(steps))
+        if number in state.timetable.reports:
+            state.set_losses(torch.empty(0))
         return batch
 
     about = {"size": size, "num_classes": CLASSES, "images": 0, "network": loaded.network.model_dump()}
     with tempfile.TemporaryDirectory() as folder:
-        save_tensors(Path(folder, "net.safetensors"), net.state_dict(), **about, diffusion=loaded.diffusion.model_dump())
-        chain = Chain(params.Cell("any", "cosine", T, 0), loaded.sample, Path(folder, "net.safetensors"), [1] * CLASSES)
-    fast = loaded.sample.fast
+        save_tensors(Path(folder, "net.safetensors"), state.net.state_dict(), **about, diffusion=loaded.diffusion.model_dump())
+        chain = chain_of(params.Cell("any", "cosine", T, 0), loaded.sample, Path(folder, "net.safetensors"), [1] * CLASSES)
+    fast, _ = ways(loaded.sample, T)
 
     def draw() -> int:
         n = 4 * loaded.sample.chunk
-        chain.draw(n, (fast.sampler, fast.spacing, fast.steps, {}), label="samples")
+        chain.draw(n, fast)
         return n
 
-    return step, draw, sum(weight.numel() for weight in weights)
+    return step, draw, sum(weight.numel() for weight in state.weights)
 
 
 def plain_unet(size: int) -> tuple[UNet2DModel, DDPMScheduler, torch.optim.Optimizer]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.pipeline import grids, paths
+from stages.pipeline import dvc_forms, grids, paths
 from stages.pipeline.files import md5, write_archive
 from stages.pipeline.params import Cell
 from stages.tracking import mirror, provenance

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from stages import train
-from stages.diffusion import schedules
-from stages.drawing import weights
+from stages.diffusion import process, schedules
+from stages.drawing.network import load_network
 from stages.errors import UserError
+from stages.networks.balance import Balance
+from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
-from stages.tracking import mirror
+from stages.pipeline.stage import Listener
 
 CELL = params.Cell("toy", "cosine", 8, 3)
 ROOT = Path(__file__).parents[1]
@@ -29,8 +31,6 @@ ROOT = Path(__file__).parents[1]
 def sections(tmp_path, monkeypatch):
     """A toy dataset in an empty folder, and sections small enough to train on it in a second."""
     monkeypatch.chdir(tmp_path)
-    live = Mock(spec=mirror.Live, __enter__=Mock(), __exit__=Mock(return_value=None))
-    monkeypatch.setattr(train.tracking, "Live", lambda cell: live)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (48, 1, 8, 8), generator=rng, dtype=torch.uint8)
     split = {"images": images, "labels": torch.arange(48) % 2}
@@ -46,12 +46,13 @@ def sections(tmp_path, monkeypatch):
         params.Network(**network, conditional=True),
         params.Train(**options),
         params.Runtime(experiment="test", checkpoint_seconds=0.0),
+        Mock(spec=Listener),
     )
 
 
 def changed(sections, **options):
-    diffusion, network, old, runtime = sections
-    return diffusion, network, old.model_copy(update=options), runtime
+    diffusion, network, old, *others = sections
+    return diffusion, network, old.model_copy(update=options), *others
 
 
 class Killed(BaseException):
@@ -93,7 +94,7 @@ def bits(folder):
 
 def learnt_weights(cell, name="ema"):
     """The tensors without the description that travels with them, which names the settings."""
-    return weights.load_tensors(paths.weights(str(cell)) / f"{name}.safetensors")[0]
+    return checkpoint.load_tensors(paths.weights(str(cell)) / f"{name}.safetensors")[0]
 
 
 def differ(one, other):
@@ -113,7 +114,7 @@ def test_writes_weights_snapshots_previews_and_the_curve(sections):
     assert all(0.1 < float(row["train_loss"]) < 3 for row in rows)
     assert measured["images_per_sec"] > 0
     assert [point["step"] for point in measured["by_step"]] == [2, 4, 6, 8]
-    net, about = weights.load_network(folder / "ema.safetensors")
+    net, about = load_network(folder / "ema.safetensors")
     assert about["levels"] == [CELL.schedule, CELL.T]
     assert about["diffusion"]["prediction"] == "v"
     assert not net.training
@@ -130,13 +131,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(sections):
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(sections, monkeypatch):
-    target, calls = train.process.target, []
+    target, calls = process.target, []
 
     def broken(*args):
         calls.append(0)
         return target(*args) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(train.process, "target", broken)
+    monkeypatch.setattr(process, "target", broken)
     with pytest.raises(UserError, match=r"the loss became nan at step 2; a lower train.lr"):
         train.main(CELL, *sections)
     assert not paths.weights(str(CELL)).exists()
@@ -144,30 +145,18 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(sections, m
     assert not list(checkpoint.workspace().glob(".state/checkpoints/*"))
 
 
+def test_a_listener_hears_of_every_report(sections):
+    train.main(CELL, *sections)
+    points = [call.args for call in sections[-1].point.call_args_list]
+    assert [(metrics["step"], share) for metrics, _, share, _ in points] == [(2, 0.25), (4, 0.5), (6, 0.75), (8, 1.0)]
+    assert [picture.name for _, picture, _, _ in points] == [f"0000000{report}.png" for report in (1, 2, 3, 4)]
+    assert all({"lr", "train_loss", "val_loss", "images_per_sec"} <= metrics.keys() for metrics, *_ in points)
+    assert [seconds_left > 0 for *_, seconds_left in points] == [True, True, True, False]
+
+
 def test_holding_out_everything_is_refused(sections):
     with pytest.raises(UserError, match=r"train.validation_images = 48 must be less than the 48 images"):
         train.main(CELL, *changed(sections, validation_images=48))
-
-
-def test_every_epoch_visits_every_image_once_whatever_the_batch():
-    for batch in (1, 7, 10, 33):
-        steps = -(-30 // batch)
-        seen = torch.cat([train.batch_of_step(step, batch, 10, seed=0) for step in range(1, steps + 1)])[:30]
-        for epoch in seen.split(10):
-            assert sorted(epoch.tolist()) == list(range(10))
-    assert seen[:10].tolist() != seen[10:20].tolist()
-
-
-def test_every_seed_has_an_order_and_noise_of_its_own():
-    assert train.batch_of_step(1, 32, 1000, 0).tolist() != train.batch_of_step(1, 32, 1000, 1).tolist()
-    draws = {}
-    for seed in (0, 1, 2**31 - 1):
-        for stream in (train.NOISE, train.ORDER):
-            for index in (0, 1, 2**20):
-                rng = train.generator(seed, stream, index)
-                draws[seed, stream, index] = tuple(torch.rand(2, generator=rng).tolist())
-    assert len(set(draws.values())) == len(draws) == 18
-    assert draws[1, 0, 1] == tuple(torch.rand(2, generator=train.generator(1, 0, 1)).tolist())
 
 
 def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_is_trained_on(sections, monkeypatch):
@@ -175,7 +164,7 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
     images = torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1).expand(48, 1, 8, 8)
     split = {"images": images, "labels": torch.arange(48) // 12}
     checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", split, class_names=list("abcd"))
-    q_sample, forward = train.process.q_sample, train.UNet.forward
+    q_sample, forward = process.q_sample, UNet.forward
     trained, validated, noise, told = [], [], [], []
 
     def watched(x0, alpha_bar, eps):
@@ -190,8 +179,8 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
             told.extend(y.tolist())
         return forward(self, x, logsnr, y)
 
-    monkeypatch.setattr(train.process, "q_sample", watched)
-    monkeypatch.setattr(train.UNet, "forward", listening)
+    monkeypatch.setattr(process, "q_sample", watched)
+    monkeypatch.setattr(UNet, "forward", listening)
     for seed in (3, 4):
         train.main(params.Cell("toy", "cosine", 8, seed), *changed(sections, images=[1600], label_dropout=0.25))
     held_out = set(validated)
@@ -204,69 +193,12 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
     assert values[:, 0, 0, 0, 0].unique().numel() == len(values) == 400  # 200 steps of either seed
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("weighting", ["simple", "variational"])
-def test_the_error_of_a_network_is_zero_where_it_is_right_and_known_where_it_is_silent(sections, prediction, weighting):
-    alpha_bar = torch.from_numpy(schedules.find("cosine")(20))
-    diffusion = sections[0].model_copy(update={"prediction": prediction, "weighting": weighting})
-    errors_of = train._errors(diffusion, alpha_bar, "fp32")
-    t, y = torch.arange(20), torch.zeros(20, dtype=torch.long)
-    x0, eps = torch.full((20, 1, 8, 8), -0.5), torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    def informed(x_t, logsnr, y):  # it infers eps from x_t and the level that it is told
-        a = logsnr.double().sigmoid().reshape(-1, 1, 1, 1)
-        noise = (x_t + 0.5 * a.sqrt()) / (1 - a).sqrt()
-        return {"eps": noise, "x0": torch.full_like(noise, -0.5), "v": a.sqrt() * noise + 0.5 * (1 - a).sqrt()}[prediction]
-
-    weights = train.process.loss_weights(weighting, prediction, alpha_bar)
-    assert (errors_of(informed, x0, y, t, eps) / weights.float().clamp_min(1e-6)).max() < 1e-8
-    silent = errors_of(lambda x_t, logsnr, y: torch.zeros_like(x_t), x0, y, t, eps)
-    target = train.process.target(prediction, x0, eps, alpha_bar).double().square().flatten(1).mean(1)
-    torch.testing.assert_close(silent.double(), weights * target, rtol=1e-5, atol=1e-9)
-
-
-def test_timesteps_are_stratified_and_uniform():
-    rng = torch.Generator().manual_seed(0)
-    t = torch.stack([train.stratified_timesteps(64, 8, rng) for _ in range(200)])
-    assert np.bincount(t.flatten(), minlength=8).tolist() == [1600] * 8  # 64 / 8 in every batch, exactly
-    assert train.stratified_timesteps(5, 1, rng).tolist() == [0] * 5
-
-
-def test_learning_rate_warms_up_and_falls_to_zero_late(sections):
-    options = sections[2]  # a warm-up of two steps
-    rates = [train.learning_rate(step, 8, options) / options.lr for step in range(1, 10)]
-    assert rates == pytest.approx([1 / 2, *((left / 8) ** 0.5 for left in range(7, -1, -1))])
-
-
-def test_every_optimizer_steps_at_its_share_of_the_learning_rate(sections, monkeypatch):
-    diffusion, network, options, runtime = sections
-    used = {}
-    for kind in (train.Muon, torch.optim.AdamW):
-        step = kind.step
-
-        def watched(self, *args, step=step, **kwargs):
-            used.setdefault(type(self).__name__, []).append(self.param_groups[0]["lr"])
-            return step(self, *args, **kwargs)
-
-        monkeypatch.setattr(kind, "step", watched)
-    train.main(CELL, diffusion, network, options, runtime)
-    rates = [train.learning_rate(step, 8, options) for step in range(1, 9)]
-    assert used["AdamW"] == pytest.approx(rates)
-    assert used["Muon"] == pytest.approx([rate / 2 for rate in rates])
-
-
-def test_learning_rate_may_be_halved_every_so_many_images(sections):
-    options = sections[2].model_copy(update={"halve_lr_every": 16, "warmup_images": 0})  # two steps of 8
-    rates = [train.learning_rate(step, 8, options) / options.lr for step in range(1, 9)]
-    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
-
-
 def test_the_original_recipe_trains_without_an_average_under_adam(sections):
-    diffusion, network, options, runtime = sections
+    diffusion, network, options, *others = sections
     options = options.model_copy(update={"optimizer": "adam", "halve_lr_every": 32, "ema_halflife": 0.0, "label_dropout": 0.0})
     network = network.model_copy(update={"conditional": False})
-    train.main(CELL, diffusion.model_copy(update={"prediction": "eps"}), network, options, runtime)
-    average, raw = (weights.load_tensors(paths.weights(str(CELL)) / f"{name}.safetensors")[0] for name in ("ema", "raw"))
+    train.main(CELL, diffusion.model_copy(update={"prediction": "eps"}), network, options, *others)
+    average, raw = (checkpoint.load_tensors(paths.weights(str(CELL)) / f"{name}.safetensors")[0] for name in ("ema", "raw"))
     assert all(torch.equal(average[name], raw[name]) for name in raw)
 
 
@@ -283,8 +215,8 @@ def test_every_weighting_learns_something_else_and_nothing_else_differs(sections
         return found
 
     assert all(differ(one, other) for one, other in itertools.combinations(learnt(), 2))
-    monkeypatch.setattr(train.process, "loss_weights", lambda weighting, prediction, alpha_bar: torch.ones_like(alpha_bar))
-    monkeypatch.setattr(train.Balance, "forward", lambda self, errors, t: errors)
+    monkeypatch.setattr(process, "loss_weights", lambda weighting, prediction, alpha_bar: torch.ones_like(alpha_bar))
+    monkeypatch.setattr(Balance, "forward", lambda self, errors, t: errors)
     assert not any(differ(one, other) for one, other in itertools.combinations(learnt(), 2))
 
 
@@ -401,10 +333,10 @@ def test_a_shared_network_whose_average_is_damaged_is_trained_again(sections, ki
 def test_a_snapshot_that_changes_while_its_training_goes_on_does_not_reach_the_outs(sections, killed_at, monkeypatch):
     keep = train._keep
 
-    def spoil(work, phases, names, step, options):
-        if step == 8:
-            flip(work / "weights/ema-25.safetensors", 0.9)
-        keep(work, phases, names, step, options)
+    def spoil(job):
+        if job.state.step == 8:
+            flip(job.weights / "ema-25.safetensors", 0.9)
+        keep(job)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "_keep", spoil)
@@ -419,7 +351,7 @@ def test_a_state_without_a_hash_or_of_another_shape_is_not_gone_on_from(sections
     unbroken = results()
     killed_at(5)
     (state,) = checkpoint.workspace().glob(".state/checkpoints/*/state.safetensors")
-    tensors, about = weights.load_tensors(state)
+    tensors, about = checkpoint.load_tensors(state)
     save_file(tensors, state, metadata={"about": json.dumps(about)})  # as an earlier version wrote it
     assert killed_at(5) == list(range(1, 5))
     assert "earlier version" in capsys.readouterr().err
@@ -435,7 +367,7 @@ def test_other_settings_data_or_code_start_over(sections, killed_at, monkeypatch
     killed_at(5)
     assert killed_at(3, changed(sections, lr=2e-3)) == [1, 2]
     path = paths.prepared("toy") / "train.safetensors"
-    split, _ = weights.load_tensors(path)
+    split, _ = checkpoint.load_tensors(path)
     checkpoint.save_tensors(path, {"images": split["images"].flip(0), "labels": split["labels"]}, class_names=["a", "b"])
     assert killed_at(3) == [1, 2]
     monkeypatch.setattr(checkpoint, "md5", lambda path: "changed" if path.name == "unet.py" else "same")
@@ -477,7 +409,7 @@ def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_a
         assert bits(paths.weights(str(cell))) == first[0]
         assert paths.loss_curve(str(cell)).read_text() == first[1]
     assert capfd.readouterr().out.count("takes the network that is trained already") == 3
-    _, about = weights.load_network(paths.weights(str(CELL)) / "ema.safetensors")
+    _, about = load_network(paths.weights(str(CELL)) / "ema.safetensors")
     assert about["train"]["shared"]
     assert about["levels"] == list(train.SHARED_LEVELS)
     shutil.rmtree(checkpoint.workspace() / ".state")
@@ -490,9 +422,9 @@ def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_a
 def test_the_levels_of_a_shared_network_hold_those_of_every_schedule():
     """Between two neighbours of them the log-SNR moves by less than a network can tell."""
     how = {"size": 28, "reference_size": 28, "zero_terminal_snr": False}
-    levels = train.process.logsnr(torch.from_numpy(train.shared_levels(**how)))
+    levels = process.logsnr(torch.from_numpy(train.shared_levels(**how)))
     for name in schedules.names():
-        asked = train.process.logsnr(torch.from_numpy(train.noise_levels(name, 1000, **how)))
+        asked = process.logsnr(torch.from_numpy(train.noise_levels(name, 1000, **how)))
         inside = asked[asked.abs() < 12]
         assert len(inside) > 980
         assert (levels[None] - inside[:, None]).abs().min(1).values.max() < 0.02

@@ -1,7 +1,6 @@
 """Weights under which every noise level counts alike, whatever it costs to predict there."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 PARTS = 32  # of 0..T-1, at most
@@ -37,7 +36,8 @@ class Balance(nn.Module):
         weights = self.counts / self.sums
         weighted = errors * (weights / weights.mean())[part]
         with torch.no_grad():
-            where = F.one_hot(part, self.parts).to(errors.dtype)  # (B, parts)
+            # Not F.one_hot, which looks at the values, and so waits for them.
+            where = (part[:, None] == torch.arange(self.parts, device=part.device)).to(errors.dtype)  # (B, parts)
             self.sums.lerp_(errors @ where, RATE)
             self.counts.lerp_(where.sum(0), RATE)
         return weighted

@@ -18,10 +18,13 @@ class Muon(torch.optim.Optimizer):
     alone, one after another and always in bf16, which crawls on processors without bf16 arithmetic; here matrices of one shape
     go together, in float32.
 
+    Args:
+        lr: 0-d, on the device of the weights, where every step reads it.
+
     Source: Jordan et al. 2024; the scale 0.2 sqrt(max(rows, columns)) of Liu et al. 2025 (Moonlight), eq. (4).
     """
 
-    def __init__(self, weights: Iterable[Tensor], lr: float) -> None:
+    def __init__(self, weights: Iterable[Tensor], lr: Tensor) -> None:
         super().__init__(weights, {"lr": lr})
 
     @torch.no_grad()
@@ -38,8 +41,9 @@ class Muon(torch.optim.Optimizer):
                 alike.setdefault(update.shape, []).append((weight, update))
             for (rows, columns), pairs in alike.items():
                 updates = orthogonalized(torch.stack([update for _, update in pairs]))
+                scale = (-group["lr"] * 0.2 * max(rows, columns) ** 0.5).to(updates.dtype)
                 for (weight, _), update in zip(pairs, updates, strict=True):
-                    weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                    weight.addcmul_(update.reshape(weight.shape), scale)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

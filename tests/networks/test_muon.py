@@ -24,7 +24,7 @@ def test_moves_a_matrix_as_torch_does(shape):
     start, gradients = torch.randn(shape, generator=rng), torch.randn(10, *shape, generator=rng)
     moved = []
     for optimizer_of in (
-        lambda weight: Muon([weight], lr=0.1),
+        lambda weight: Muon([weight], lr=torch.tensor(0.1)),
         lambda weight: torch.optim.Muon([weight], lr=0.1, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
     ):
         weight = torch.nn.Parameter(start.clone())
@@ -43,9 +43,9 @@ def test_a_convolution_moves_as_its_matrix_whatever_its_company_and_layout():
     start, gradient = torch.randn(2, 4, 6, 3, 3, generator=rng), torch.randn(2, 4, 6, 3, 3, generator=rng)
     matrix = torch.nn.Parameter(start[0].flatten(1).clone())
     matrix.grad = gradient[0].flatten(1)
-    Muon([matrix], lr=0.1).step()
+    Muon([matrix], lr=torch.tensor(0.1)).step()
     weights = [torch.nn.Parameter(w.clone(memory_format=torch.channels_last)) for w in start]
     for weight, g in zip(weights, gradient, strict=True):
         weight.grad = g.clone(memory_format=torch.channels_last)
-    Muon(weights, lr=0.1).step()
+    Muon(weights, lr=torch.tensor(0.1)).step()
     torch.testing.assert_close(weights[0].detach().flatten(1), matrix.detach(), rtol=0, atol=1e-5)

@@ -66,7 +66,7 @@ def test_attention_reaches_across_the_image():
 def test_average_of_constant_weights_is_the_constant_and_it_forgets_its_start():
     average, current = [torch.full((3,), 100.0)], [torch.ones(3)]
     for step in range(1, 101):
-        ema.update(average, current, step=step, halflife=0.05)
+        ema.update(average, current, torch.tensor(ema.weight(step, 0.05)))
     torch.testing.assert_close(average[0], current[0])
 
 
@@ -74,7 +74,7 @@ def test_halflife_is_a_fraction_of_the_steps():
     """Between step n and (1 + h) n, about half of the old value is left: weights 0 before, 1 after."""
     average = [torch.zeros(1)]
     for step in range(1001, 1051):
-        ema.update(average, [torch.ones(1)], step=step, halflife=0.05)
+        ema.update(average, [torch.ones(1)], torch.tensor(ema.weight(step, 0.05)))
     # The half-life grows from 50.05 to 52.5 steps meanwhile, so 50 steps leave 2^(-50/52.5) to 2^(-50/50.05) of the start.
     assert 0.48 <= average[0].item() <= 0.5
 

@@ -1,0 +1,54 @@
+"""What happens at which step of a training. The first step is 1."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Phase(NamedTuple):
+    """A stretch of training with a learning-rate schedule of its own: the steps begin + 1 .. end."""
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """The phases, the steps after which the losses are reported, and those after which the average is kept, with its name."""
+
+    phases: tuple[Phase, ...]
+    reports: frozenset[int]
+    snapshots: dict[int, str]
+
+    @classmethod
+    def of(cls, images: Sequence[int], batch: int, points: int) -> "Timetable":
+        """The timetable of phases of so many images.
+
+        Every phase has `points` reports, the last of them at its end. The average is kept at each quarter of the last phase.
+        """
+        ends = list(itertools.accumulate(math.ceil(n / batch) for n in images))
+        phases = tuple(Phase(begin, end) for begin, end in itertools.pairwise([0, *ends]))
+        reports = {step for phase in phases for step in _parts(phase, points)}
+        names = ("ema-25", "ema-50", "ema-75", "ema")
+        return cls(phases, frozenset(reports), dict(zip(_parts(phases[-1], len(names)), names, strict=True)))
+
+    @property
+    def end(self) -> int:
+        """The last step."""
+        return self.phases[-1].end
+
+    @property
+    def longest_interval(self) -> int:
+        """Steps between two reports, at most."""
+        return max(after - before for before, after in itertools.pairwise([0, *sorted(self.reports)]))
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase that a step belongs to."""
+        return next(phase for phase in self.phases if step <= phase.end)
+
+
+def _parts(phase: Phase, n: int) -> list[int]:
+    """The last step of each of n about equal parts of a phase."""
+    return [phase.begin + math.ceil((phase.end - phase.begin) * k / n) for k in range(1, n + 1)]
