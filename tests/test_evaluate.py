@@ -18,7 +18,7 @@ from stages import evaluate, extractor, reference
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion.likelihood import step_kl
 from stages.diffusion.process import alpha_bar_of, logsnr
-from stages.diffusion.schedules import find, noise_levels
+from stages.diffusion.schedules import SHARED_LEVELS, find, noise_levels
 from stages.drawing.network import load_network
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError
@@ -51,7 +51,7 @@ def bars(n: int, seed: int) -> dict[str, Tensor]:
     return {"images": images.to(torch.uint8), "labels": labels}
 
 
-def save_network(cell: params.Cell, reference_size: int = SIZE) -> None:
+def save_network(cell: params.Cell, reference_size: int = SIZE, *, shared: bool = False) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = UNet(size=SIZE, num_classes=CLASSES, **NETWORK.model_dump())
@@ -61,8 +61,8 @@ def save_network(cell: params.Cell, reference_size: int = SIZE) -> None:
         "num_classes": CLASSES,
         "network": NETWORK.model_dump(),
         "diffusion": {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": False},
-        "levels": [cell.schedule, cell.T],
-        "train": {"shared": False},
+        "levels": SHARED_LEVELS if shared else [cell.schedule, cell.T],
+        "train": {"shared": shared},
     }
     save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
 
@@ -287,6 +287,15 @@ def test_levels_are_split_as_they_were_put_together() -> None:
     )  # a third for each draw
     assert levels.bound_t.min() >= 1
     assert len(evaluate.draw_levels(table, [], 3, 10, torch.Generator()).alpha_bar) == 6
+
+
+def test_a_shared_network_knows_levels_that_the_schedule_of_its_cell_does_not_have(tree: Path) -> None:
+    cell = params.Cell("bars", "linear", 100, 0)
+    asked = EVALUATE.model_copy(update={"logsnr": [-12.0, -9.0, 5.0, 8.0, 20.0]})
+    save_network(cell, shared=True)
+    found = evaluate.measure_losses(cell, asked)
+    assert [point["logsnr"] for point in found["logsnr_grid"]] == asked.logsnr[:-1]
+    assert found["network"] == "shared"
 
 
 def test_bound_estimated_by_draws_is_the_sum_over_every_t(tree: Path) -> None:

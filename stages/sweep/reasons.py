@@ -40,7 +40,7 @@ def lines(status: dict[str, list[Any]], tree: Tree, order: Iterable[str]) -> Ite
                 if reason not in known
             ]
         seen.add(kind)
-    for stage, known in found.items():
+    for stage, known in filter(lambda each: each[1], found.items()):
         more = [f"and {len(known) - MOST} more"] * (len(known) > MOST)
         yield masked(f"  {stage}: {', '.join(known[:MOST] + more)}")
 
