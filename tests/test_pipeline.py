@@ -163,7 +163,7 @@ def test_second_sync_adds_nothing_and_committed_results_are_found(tree: Path, mo
         ("stages/diffusion/samplers/heun.py", set()),
         ("stages/diffusion/schedules/cosine.py", {"prepare@persian_glyphs", f"train@{CELL}", f"sample@{CELL}", f"evaluate@{CELL}"}),
         ("stages/diffusion/schedules/sigmoid.py", {"prepare@persian_glyphs"}),
-        ("stages/pipeline/tracking.py", set()),
+        ("stages/tracking/mirror.py", set()),
     ],
 )
 def test_a_changed_file_reruns_what_depends_on_it(tree: Path, path: str, reruns: set[str]) -> None:
