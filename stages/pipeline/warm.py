@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,20 @@ def main(command: list[str]) -> int:
                     with contextlib.suppress(ProcessLookupError):  # who asked is gone: so is the fork
                         os.kill(fork.ident or 0, number[0] if number else signal.SIGKILL)
             if ended in ready:
-                for fork in askers:  # of a command that was killed
-                    fork.terminate()
+                _end(askers)
                 return _as_shells_say(child.wait())
             if listener in ready and (started := _fork(listener.accept()[0])):
                 askers |= [started]
+
+
+def _end(forks: Iterable[ForkProcess]) -> None:
+    """End the forks of a command that was killed: in good order, and after a grace in any. This process waits for them."""
+    for fork in forks:
+        fork.terminate()
+    until = time.monotonic() + GRACE
+    for fork in forks:
+        fork.join(max(until - time.monotonic(), 0))
+        fork.kill()
 
 
 def _as_shells_say(code: int | None) -> int:

@@ -17,7 +17,7 @@ from stages.pipeline import warm
 
 ROOT = Path(__file__).parents[2]
 PROBE = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from stages import UserError
 
@@ -29,6 +29,11 @@ if told == "sleep":
         time.sleep(60)
     except KeyboardInterrupt:
         sys.exit(130)
+elif told == "refuse to end":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path("pid").write_text(str(os.getpid()))
+    print(flush=True)
+    time.sleep(60)
 elif told == "refuse":
     sys.exit("probe: refused")
 elif told == "crash":
@@ -125,9 +130,10 @@ def test_a_fork_does_not_outlive_who_asked(workspace: Path) -> None:
     assert is_gone(stage)
 
 
-def test_a_killed_command_takes_its_fork_along(workspace: Path) -> None:
+@pytest.mark.parametrize("told", ["sleep", "refuse to end"])
+def test_a_killed_command_takes_its_fork_along(workspace: Path, told: str) -> None:
     process, stage = started(
-        'exec python -c \'import subprocess, sys; subprocess.run([sys.executable, "-m", "stages.probe", "sleep"])\''
+        f'exec python -c \'import subprocess, sys; subprocess.run([sys.executable, "-m", "stages.probe", "{told}"])\''
     )
     process.terminate()
     process.wait(30)
