@@ -114,7 +114,7 @@ def copy_tree(folder: Path, profile: str) -> None:
 
 def commit(folder: Path, message: str) -> None:
     call(folder, "git", "add", "-A")
-    call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", message)
+    call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--allow-empty", "-qm", message)
 
 
 class Pipeline:
