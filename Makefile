@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 5000
 ENTER = . "$(VENV)/bin/activate" &&
+PYTEST = pytest --numprocesses logical --dist loadfile
 
 export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
@@ -18,11 +19,11 @@ help: ## this list
 repro: $(VENV)/.installed ## make every result that is missing or out of date, record it in MLflow, print the comparison
 	@$(ENTER) exec python -m stages.sweep.runner
 
-test: $(VENV)/.installed-dev ## the quick tests
-	@$(ENTER) pytest
+test: $(VENV)/.installed-dev ## the quick tests, on all cores
+	@$(ENTER) $(PYTEST)
 
 test-all: $(VENV)/.installed-dev ## all tests, the slow ones too
-	@$(ENTER) pytest -m ""
+	@$(ENTER) $(PYTEST) -m ""
 
 lint: $(VENV)/.installed-dev ## style and types
 	@$(ENTER) ruff check && ruff format --check && mypy
@@ -49,8 +50,9 @@ prune: $(VENV)/.installed ## list the files of cells that are no longer in the s
 	@$(ENTER) python -m stages.sweep.plan prune $(if $(YES),--yes)
 
 lock: ## write constraints.txt anew, from the newest versions that work together
-	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/pip install -q ".[dev]" && \
-	  build/lock/bin/pip freeze --exclude naqsh > constraints.txt; rm -rf build/lock
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/pip install -q ".[dev]"
+	@build/lock/bin/pip check && build/lock/bin/pip freeze --exclude naqsh > build/lock/constraints.txt
+	@mv build/lock/constraints.txt constraints.txt && rm -rf build/lock
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x "$(VENV)/bin/python" || { echo "Making $(VENV)"; $(PYTHON) -m venv "$(VENV)"; }

@@ -1,9 +1,12 @@
-"""A working tree with a store, for the tests of the mirror in MLflow."""
+"""One thread a process, for tests run side by side; a working tree with a store, for the tests of the mirror in MLflow."""
 
+import os
 from pathlib import Path
 
 import pytest
 from cells import CELL, ROOT, make_files, record
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here and in every process below
 
 
 @pytest.fixture(scope="session")

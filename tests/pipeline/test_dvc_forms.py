@@ -13,6 +13,7 @@ from dvc.utils.serialize import load_yaml
 
 from stages.pipeline import dvc_forms
 
+ROOT = Path(__file__).parents[2]
 STAGE = """\
 import json, pathlib, sys, time
 sys.path.insert(0, ROOT)
@@ -42,7 +43,7 @@ RECHECK = "stages/pipeline/dvc_forms.py was written for DVC {}, and here is {}: 
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small pipeline that DVC ran."""
     folder = tmp_path_factory.mktemp("dvc")
-    (folder / "stage.py").write_text(f"ROOT = {str(Path(__file__).parents[2])!r}\n{STAGE}")
+    (folder / "stage.py").write_text(f"ROOT = {str(ROOT)!r}\n{STAGE}")
     (folder / "dvc.yaml").write_text(DVC_YAML)
     (folder / "params.yaml").write_text("lr: 1\n")
     git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
@@ -68,6 +69,7 @@ def call(folder: Path, *command: str) -> None:
 
 def test_this_is_the_version_that_they_were_looked_at_in() -> None:
     assert dvc.__version__.startswith(f"{dvc_forms.VERSION}."), RECHECK.format(dvc_forms.VERSION, dvc.__version__)
+    assert f'"dvc=={dvc_forms.VERSION}.*"' in (ROOT / "pyproject.toml").read_text(), "`make lock` would bring another"
 
 
 def test_the_lock_splits_into_its_entries_and_is_put_together_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

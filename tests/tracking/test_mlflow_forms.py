@@ -14,6 +14,8 @@ RECHECK = "stages/tracking/mlflow_forms.py was written for MLflow {}, and here i
 
 def test_this_is_the_version_that_they_were_looked_at_in() -> None:
     assert mlflow.__version__.startswith(f"{mlflow_forms.VERSION}."), RECHECK.format(mlflow_forms.VERSION, mlflow.__version__)
+    pinned = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"mlflow=={mlflow_forms.VERSION}.*"' in pinned, "`make lock` would bring another"
 
 
 def test_a_database_is_finished_when_it_has_the_newest_tables(tmp_path: Path, empty_store: Path) -> None:
