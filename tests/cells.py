@@ -32,7 +32,7 @@ def record(cell: Cell, *, last: str) -> None:
         outs = paths.outs(stage)
         entry = {"cmd": "", "deps": [], "params": {"params.yaml": dvc_forms.params_of(stage, cell, tree.params)}, "outs": []}
         for path in paths.deps(stage, str(cell), values):
-            entry["deps"].append({"path": path, "md5": made.get(path) or provenance.md5(Path(path))})
+            entry["deps"].append({"path": path, "md5": made.get(path) or md5(Path(path))})
         for path in (paths.of_item(out, str(cell)) for out in outs):
             made[path] = md5(Path(path)) or "0" * 32 + ".dir"
             entry["outs"].append({"path": path, "md5": made[path]})

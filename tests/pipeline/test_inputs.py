@@ -64,7 +64,7 @@ def test_a_change_is_named(started: inputs.Inputs, path: str, change: Callable[[
         ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),
         ("stages/evaluate.py", lambda text: text + "# changed\n"),
         ("stages/diffusion/schedules/linear.py", lambda text: text + "# changed\n"),
-        ("stages/pipeline/plan.py", lambda text: text + "# changed\n"),
+        ("stages/sweep/plan.py", lambda text: text + "# changed\n"),
     ],
 )
 def test_what_is_not_of_this_stage_may_change(started: inputs.Inputs, path: str, change: Callable[[str], str]) -> None:

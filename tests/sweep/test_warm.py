@@ -176,7 +176,7 @@ def test_another_user_is_not_served(workspace: Path) -> None:
 FOLLOWER = """
 import os, time
 from pathlib import Path
-from stages.sweep import warm
+from stages.pipeline import processes
 processes.end_with_parents()
 Path("pid").write_text(str(os.getpid()))
 time.sleep(60)

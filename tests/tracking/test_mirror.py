@@ -50,7 +50,7 @@ def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[
     ("path", "change"),
     [
         ("stages/networks/unet.py", lambda text: text.replace("\n", "\r\n")),
-        ("stages/pipeline/tracking.py", lambda text: text + "# changed\n"),
+        ("stages/tracking/mirror.py", lambda text: text + "# changed\n"),
         ("stages/diffusion/schedules/linear.py", lambda text: text + "# changed\n"),
         ("stages/diffusion/samplers/heun.py", lambda text: text + "# changed\n"),
         ("params.yaml", lambda text: text.replace("experiment: naqsh", "experiment: other")),

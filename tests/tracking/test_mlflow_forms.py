@@ -1,5 +1,6 @@
 """MLflow's private forms are what this version of MLflow makes: its tables, the names of its pictures, the view of its UI."""
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def test_a_database_is_finished_when_it_has_the_newest_tables(tmp_path: Path, em
 
 
 def test_the_step_of_a_picture_is_in_its_name(tmp_path: Path, empty_store: Path) -> None:
-    client = MlflowClient(f"sqlite:///{empty_store}")
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.create_experiment("pictures", artifact_location=str(tmp_path / "mlruns"))
     run = client.create_run(experiment)
     client.log_image(run.info.run_id, np.zeros((4, 4), np.uint8), key="preview", step=17, synchronous=True)
