@@ -154,6 +154,12 @@ def test_without_a_listener_a_stage_starts_by_itself(workspace: Path) -> None:
     assert not told["warm"]
 
 
+def test_a_person_turns_it_off(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(warm.ADDRESS, "0")
+    told = json.loads(under_warm("python -m stages.probe a").stdout)
+    assert not told["warm"]
+
+
 def test_no_file_is_left_behind(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder := workspace / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
