@@ -14,22 +14,13 @@ ROOT = Path(__file__).parents[2]
 CELL = "mnist-cosine-200-0"
 
 
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder with the project's graph and parameters."""
-    for name in ("dvc.yaml", "params.yaml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def touch(*files: Path) -> None:
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("bare_tree")
 def test_leftovers_are_what_the_sweep_does_not_name_and_trainings_nobody_works_on() -> None:
     kept = [paths.weights(CELL) / "ema.safetensors", paths.loss_curve(CELL), paths.scores("reference", "mnist")]
     stale = [paths.loss_curve("mnist-cosine-7-0"), paths.scores("reference", "emnist"), paths.timing("train", "mnist-cosine-7-0")]
@@ -42,7 +33,7 @@ def test_leftovers_are_what_the_sweep_does_not_name_and_trainings_nobody_works_o
     assert set(found) == {*stale, paths.samples("mnist-cosine-7-0"), Path(".state/checkpoints/abandoned")}
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("bare_tree")
 def test_a_changed_stage_is_followed_by_what_reads_its_outputs() -> None:
     cell = f"sample@{CELL}"
     assert plan.with_followers({cell}) == [cell, f"evaluate@{CELL}", "compare"]
@@ -50,7 +41,7 @@ def test_a_changed_stage_is_followed_by_what_reads_its_outputs() -> None:
     assert len(plan.with_followers({"prepare@mnist"})) == 3 + 4 * 3 + 1
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("bare_tree")
 def test_a_second_repro_is_told_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "ERROR: '/x/m.json' is busy, it is being blocked by:\n  (PID 4711): dvc repro\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
@@ -59,12 +50,12 @@ def test_a_second_repro_is_told_of_the_first(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", ["../params", "/etc/passwd", "../../etc/passwd", "", ".", "gpu.yaml", "*", "no\0"])
-def test_a_profile_is_one_of_the_folder(tree: Path, name: str) -> None:
-    (tree / "profiles").mkdir()
-    (tree / "profiles/gpu.yaml").write_text("train: {batch: 32}\n")
-    before = (tree / "params.yaml").read_bytes()
+def test_a_profile_is_one_of_the_folder(bare_tree: Path, name: str) -> None:
+    (bare_tree / "profiles").mkdir()
+    (bare_tree / "profiles/gpu.yaml").write_text("train: {batch: 32}\n")
+    before = (bare_tree / "params.yaml").read_bytes()
     with pytest.raises(UserError, match=r"there is no profile .*; there are: gpu"):
         plan.profile(name)
-    assert (tree / "params.yaml").read_bytes() == before
+    assert (bare_tree / "params.yaml").read_bytes() == before
     plan.profile("gpu")
     assert params.load().train.batch == 32

@@ -26,15 +26,6 @@ ROOT = Path(__file__).parents[2]
 CELL = "mnist-cosine-200-0"
 
 
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder with the project's graph and parameters."""
-    for name in ("dvc.yaml", "params.yaml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def touch(*files: Path) -> None:
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,9 +33,9 @@ def touch(*files: Path) -> None:
 
 
 @pytest.fixture
-def rwlock(tree: Path) -> Path:
+def rwlock(bare_tree: Path) -> Path:
     """DVC's list of who reads and writes what, which has to be written yet."""
-    touch(file := tree / ".dvc/tmp/rwlock")
+    touch(file := bare_tree / ".dvc/tmp/rwlock")
     return file
 
 
@@ -54,9 +45,9 @@ def dvc_accepts(file: Path) -> bool:
         return True
 
 
-def test_a_list_of_readers_that_a_kill_cut_off_is_removed_unless_a_dvc_is_at_work(tree: Path) -> None:
+def test_a_list_of_readers_that_a_kill_cut_off_is_removed_unless_a_dvc_is_at_work(bare_tree: Path) -> None:
     repair.mend_rwlock()  # in a folder without DVC too
-    rwlock = tree / ".dvc/tmp/rwlock"
+    rwlock = bare_tree / ".dvc/tmp/rwlock"
     touch(rwlock)
     rwlock.write_text('{"read": {')
     with FileLock(rwlock.with_name("rwlock.lock")):
@@ -153,11 +144,11 @@ def ask_dvc() -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def lock(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lock(bare_tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dvc.lock that has to be written yet."""
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tree.parent))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(bare_tree.parent))
     monkeypatch.setattr(dvc_forms, "status", ask_dvc)
-    return tree / "dvc.lock"
+    return bare_tree / "dvc.lock"
 
 
 CUTS: list[tuple[bytes, int]] = [  # and how many entries are whole
@@ -234,7 +225,7 @@ def test_a_lock_that_dvc_refuses_when_mended_is_put_back(lock: Path, monkeypatch
 
 
 @pytest.mark.parametrize("content", [b"\xff", STARTS + b"  fetch@mnist:\n", STARTS + ENTRIES[0][:-3] + b"\0\0"])
-def test_who_reads_a_lock_that_was_cut_off_is_told_in_one_line(tree: Path, content: bytes) -> None:
-    (tree / "dvc.lock").write_bytes(content)
+def test_who_reads_a_lock_that_was_cut_off_is_told_in_one_line(bare_tree: Path, content: bytes) -> None:
+    (bare_tree / "dvc.lock").write_bytes(content)
     with pytest.raises(UserError, match=r"^dvc\.lock is (damaged|not YAML)[^\n]*$"):
         dvc_forms.recorded(dvc_forms.read_lock(), "fetch@mnist")
