@@ -24,7 +24,8 @@ TINY = PROFILE.replace("images: 2400", "images: 128")  # eight steps of training
 
 
 def repro(folder: Path, *options: str) -> str:
-    return call(folder, "dvc", "repro", *options).stdout
+    """What `dvc repro` says, with stages that are forks, as under `make repro`."""
+    return call(folder, sys.executable, "-m", "stages.sweep.warm", "dvc", "repro", *options).stdout
 
 
 def changed(folder: Path) -> set[str]:
