@@ -177,7 +177,7 @@ def test_a_changed_file_reruns_what_depends_on_it(tree: Path, path: str, reruns:
 
 
 def test_a_new_file_runs_only_what_uses_it(tree: Path) -> None:
-    """A schedule in the sweep: its own cells. A sampler, once chosen: what it draws. A metric that nothing imports: nothing."""
+    """A schedule in the sweep: its own cells. A sampler, once chosen: what it draws. A metric: what is measured."""
     science, sampler = tree / "stages/diffusion", "sampler: sde_dpm_solver_pp_2m"
     quick = science / "schedules/quick.py"
     files = [quick, science / "samplers/euler.py", tree / "stages/fidelity/unused.py"]
@@ -191,16 +191,33 @@ def test_a_new_file_runs_only_what_uses_it(tree: Path) -> None:
             assert changed(tree) == {f"train@{new}", f"sample@{new}", f"evaluate@{new}", "compare"}
         with edited(tree, ("params.yaml", sampler, "sampler: euler")):
             assert changed(tree) == {f"sample@{CELL}"}
-            said = call(tree, sys.executable, "-m", "stages.pipeline.plan", "plan").stdout
+            said = call(tree, sys.executable, "-m", "stages.sweep.plan", "plan").stdout
             assert "To run: sample, evaluate, compare\n" in said
             assert "\n  sample: sample.fast.sampler is now euler (was sde_dpm_solver_pp_2m)\n" in said
         with edited(tree, ("params.yaml", sampler, "sampler: eulr")):
-            refused = call(tree, sys.executable, "-m", "stages.pipeline.plan", "plan", code=1).stderr
+            refused = call(tree, sys.executable, "-m", "stages.sweep.plan", "plan", code=1).stderr
             assert "sample.fast.sampler = 'eulr': input should be one of ddim, ddpm, dpm_solver_pp_2m, euler, heun" in refused
+        files[2].write_text(METRIC)
+        deps = "      - stages/fidelity/rounding.py\n      - stages/fidelity/sets.py\n"
+        both = (tree / "dvc.yaml").read_text().replace(deps, f"{deps}      - stages/fidelity/unused.py\n")
+        metrics = "stages/fidelity/metrics.py"
+        lines = [(metrics, "METRICS = {\n", 'METRICS = {\n    "unused": Metric(unused),\n')]
+        lines += [(metrics, "\nMeasured = ", "from stages.fidelity.unused import unused\n\nMeasured = ")]
+        with edited(tree, *lines, ("dvc.yaml", (tree / "dvc.yaml").read_text(), both)):
+            assert changed(tree) == {"reference@persian_glyphs", f"evaluate@{CELL}"}
     finally:
         for file in files:
             file.unlink(missing_ok=True)
     assert changed(tree) == set()
+
+
+METRIC = """\
+from stages.fidelity.sets import Fake, Real
+
+
+def unused(real: Real, fake: Fake) -> tuple[float, float]:
+    return 1.0, 0.0
+"""
 
 
 def test_one_sampler_may_draw_both_sets(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
