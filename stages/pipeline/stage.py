@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -66,7 +66,7 @@ def run(main: Callable[..., dict[str, Any] | None], listens: type[Listener] = Li
             print(masked(json.dumps(arguments, default=_plain, indent=2)))
             return
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in good order
+        signal.signal(signal.SIGTERM, _end)
         if "DVC_STAGE" in os.environ:
             processes.end_with_parents()
         inputs.STARTED.look()
@@ -89,6 +89,12 @@ def _heard_by(listener: Listener) -> Iterator[None]:
         listener.end(error)
         raise
     listener.end(None)
+
+
+def _end(*_: object) -> NoReturn:
+    """End in good order; asked once more meanwhile, go on with that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ LIBRARIES = (  # that stages import, and what takes long of what these import la
     "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store",
 )  # fmt: skip
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+HELD = (*PASSED_ON, signal.SIGCHLD)  # while a fork begins, until it has handlers of its own and is known here
 
 
 def main(command: list[str]) -> int:
@@ -54,6 +55,13 @@ def main(command: list[str]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command; this process ends with it
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         ended, askers = os.pidfd_open(child.pid), dict[ForkProcess, socket.socket]()
+
+        def hear(*_: object) -> None:  # at any moment: to import the libraries takes long
+            if child.poll() is not None:
+                _end(askers)
+                os._exit(_as_shells_say(child.returncode))
+
+        signal.signal(signal.SIGCHLD, hear)
         while True:
             waited_for: list[Any] = [listener, ended, *askers.values(), *(fork.sentinel for fork in askers)]
             ready = select.select(waited_for, [], [])[0]
@@ -71,6 +79,7 @@ def main(command: list[str]) -> int:
                 return _as_shells_say(child.wait())
             if listener in ready and (started := _fork(listener.accept()[0])):
                 askers |= [started]
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 def _end(forks: Iterable[ForkProcess]) -> None:
@@ -88,7 +97,7 @@ def _as_shells_say(code: int | None) -> int:
 
 
 def _fork(asker: socket.socket) -> tuple[ForkProcess, socket.socket] | None:
-    """A fork that does what is asked for, or None for one who went away before asking."""
+    """A fork that does what is asked for, with HELD signals blocked here and there, or None for one who went away before asking."""
     _, user, _ = struct.unpack("3i", asker.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if user != os.geteuid():
         asker.close()
@@ -103,9 +112,8 @@ def _fork(asker: socket.socket) -> tuple[ForkProcess, socket.socket] | None:
             for name in LIBRARIES:
                 importlib.import_module(name)
         fork = ForkProcess(target=_become, args=[files], kwargs=request)
-        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until the fork has handlers of its own
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         fork.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         return fork, asker
     except ValueError:
         asker.close()
@@ -119,9 +127,10 @@ def _become(files: list[int], module: str, arguments: list[str], cwd: str, envir
     """Run a module in this fork as `python -m` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     end_with_parent()
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         for number, file in enumerate(files):
             os.dup2(file, number)
         os.environ.clear()
@@ -167,4 +176,4 @@ def ask(module: str, arguments: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # at once: to take all libraries apart would take seconds

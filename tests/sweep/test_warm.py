@@ -147,6 +147,20 @@ def test_a_killed_command_takes_its_fork_along(workspace: Path, told: str) -> No
     assert is_gone(stage)
 
 
+def test_a_command_that_is_killed_while_the_libraries_are_imported_is_heard_of(workspace: Path) -> None:
+    plumbing = workspace / "stages/sweep/warm.py"
+    plumbing.write_text(plumbing.read_text().replace('LIBRARIES = ("wave",)', 'LIBRARIES = ("slow",)'))
+    (workspace / "slow.py").write_text("import time\nfrom pathlib import Path\nPath('pid').write_text('0')\ntime.sleep(60)\n")
+    command = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-m', 'stages.probe', 'sleep'])"]
+    process = subprocess.Popen([sys.executable, "-m", "stages.sweep.warm", *command], start_new_session=True)
+    while not Path("pid").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    (child,) = (child for child in psutil.Process(process.pid).children() if "stages.sweep.warm" not in child.cmdline())
+    child.kill()
+    assert process.wait(10) == 128 + signal.SIGKILL
+
+
 def test_without_a_listener_a_stage_starts_by_itself(workspace: Path) -> None:
     environment = {**os.environ, warm.ADDRESS: "nobody"}
     command = [sys.executable, "-m", "stages.probe", "a"]
