@@ -51,6 +51,7 @@ def main(command: list[str]) -> int:
         except (AttributeError, OSError):  # no Linux, or an old one
             os.execvp(command[0], command)
         listener.listen()
+        importlib.import_module("multiprocessing.connection")  # which `hear` needs, while any other import is under way
         child = subprocess.Popen(command, env={**os.environ, ADDRESS: name}, preexec_fn=end_with_parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command; this process ends with it
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
@@ -84,6 +85,7 @@ def main(command: list[str]) -> int:
 
 def _end(forks: Iterable[ForkProcess]) -> None:
     """End the forks of a command that was killed: in good order, and after a grace in any. This process waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their ends shall not be heard in the middle of this
     for fork in forks:
         fork.terminate()
     until = time.monotonic() + GRACE
