@@ -14,11 +14,13 @@ from stages.pipeline import dvc_forms, inputs
 from stages.tracking.provenance import Tree
 
 MOST = 3  # reasons of a line
+ABSENT = ("deleted", "not in cache")  # as DVC says of a result
+MISSING = "results are not here"
 LONGEST = 60  # characters of a value
 
 
 def lines(status: dict[str, list[Any]], tree: Tree, order: Iterable[str]) -> Iterator[str]:
-    """A line for each kind of stage that is out of date.
+    """A line for each kind of stage that is out of date, or for several that are so for the same reasons.
 
     Cells of which DVC says the same count as one: to parse the records of all takes long.
 
@@ -40,9 +42,11 @@ def lines(status: dict[str, list[Any]], tree: Tree, order: Iterable[str]) -> Ite
                 if reason not in known
             ]
         seen.add(kind)
+    alike: dict[str, list[str]] = {}
     for stage, known in filter(lambda each: each[1], found.items()):
         more = [f"and {len(known) - MOST} more"] * (len(known) > MOST)
-        yield masked(f"  {stage}: {', '.join(known[:MOST] + more)}")
+        alike.setdefault(", ".join(known[:MOST] + more), []).append(stage)
+    yield from (masked(f"  {', '.join(stages)}: {why}") for why, stages in alike.items())
 
 
 def _reasons(changes: list[Any], recorded: dict[str, Any], values: dict[str, Any], item: str) -> Iterator[str]:
@@ -66,11 +70,16 @@ def _reasons(changes: list[Any], recorded: dict[str, Any], values: dict[str, Any
             yield f"{name} is {state}"
     read = {file["path"] for file in (*recorded.get("deps", []), *recorded.get("outs", []))}
     shown = "DATASET" if "-" not in item else "CELL"
+    missing = [path for path, state in found.items() if state in ABSENT and not path.endswith(".py")]
     for path, state in sorted(found.items(), key=lambda file: not file[0].endswith(".py")):
+        if path in missing:
+            continue
         if path in read:
             yield f"{path.replace(item, shown) if item else path} is {state}"
         elif Path(path).stem not in chosen:
             yield f"{path} is a new input"
+    if missing:
+        yield MISSING
 
 
 def _short(value: Any) -> str:

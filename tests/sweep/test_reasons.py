@@ -53,18 +53,23 @@ def test_a_line_has_three_reasons_and_names_parameters_and_code_before_data() ->
     weights = {f"models/cells/{CELL}/ema.safetensors": "not in cache", f"models/cells/{CELL}/raw.safetensors": "not in cache"}
     changes = [{"changed deps": deps | {"params.yaml": {"train": "modified"}}}, {"changed outs": weights}, "changed command"]
     assert said({TRAIN: changes}) == [
-        "  train: changed command, train.grad_clip is now 2.0 (was 1.0), stages/train.py is modified, and 4 more"
+        "  train: changed command, train.grad_clip is now 2.0 (was 1.0), stages/train.py is modified, and 2 more"
     ]
-    assert said({TRAIN: changes[1:2]}) == [
-        "  train: models/cells/CELL/ema.safetensors is not in cache, models/cells/CELL/raw.safetensors is not in cache"
-    ]
+
+
+def test_results_that_are_not_here_are_one_reason() -> None:
+    weights = {f"models/cells/{CELL}/ema.safetensors": "not in cache", f"models/cells/{CELL}/raw.safetensors": "deleted"}
+    status: dict[str, list[Any]] = {TRAIN: [{"changed outs": weights}], SAMPLE: [{"changed deps": weights}]}
+    assert said(status) == ["  train, sample: results are not here"]
+    status[SAMPLE].append({"changed deps": {"stages/sample.py": "deleted"}})
+    assert said(status) == ["  train: results are not here", "  sample: stages/sample.py is deleted, results are not here"]
 
 
 def test_cells_with_the_same_reasons_are_one_line_and_a_new_cell_is_not_run_yet() -> None:
     new = {"stages/train.py": "modified", "stages/diffusion/schedules/linear.py": "modified"}
     status = {TRAIN: [{"changed deps": {"stages/train.py": "modified"}}], f"train@{OTHER}": [{"changed deps": new}]}
     assert said(status) == ["  train: stages/train.py is modified, not run yet"]
-    assert said({f"train@{OTHER}": status[TRAIN], f"sample@{OTHER}": []}) == ["  train: not run yet", "  sample: not run yet"]
+    assert said({f"train@{OTHER}": status[TRAIN], f"sample@{OTHER}": []}) == ["  train, sample: not run yet"]
     assert said(status | {"compare": [{"changed deps": {"metrics/train": "modified"}}]})[1:] == ["  compare: not run yet"]
     assert said({}) == []
 
