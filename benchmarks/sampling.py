@@ -97,8 +97,7 @@ def evaluations(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
             How("ddpm", "trailing", T, {"variance": "posterior"}), n, guidance=0.0
         )
         of_cell = [
-            {"sampler": label}
-            | drawer.row(How(sampler, spacing, steps // (1 + (sampler == "heun")), options), n, guidance=0.0)
+            {"sampler": label} | drawer.row(How(sampler, spacing, steps // (1 + (sampler == "heun")), options), n, guidance=0.0)
             for label, (sampler, spacing, options) in SAMPLERS.items()
             for steps in EVALUATIONS
             if steps <= T
