@@ -65,18 +65,11 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
     def fid(dataset: str) -> list[Line]:
         floors = [row["fid_floor"] for cell, row in rows.items() if cell.dataset == dataset and "fid_floor" in row]
         floor = [Line("floor: real images", ticks, [floors[0]] * len(ticks), reference=True)] if floors else []
-        return [*_against_steps(sweep, rows, dataset, "fid", "{}"), *floor]
+        return [*_against_steps(sweep, rows, dataset, "fid"), *floor]
 
     def over_training(dataset: str) -> list[Line]:
         points = {cell: results.over_training(cell) for cell in rows if cell.dataset == dataset}
         return [line for cell, found in points.items() for line in _against_images(cell, found)] + _floor_over_training(points)
-
-    def cost(dataset: str) -> list[Line]:
-        return [
-            line
-            for kind in ("fast", "ancestral")
-            for line in _against_steps(sweep, rows, dataset, f"{kind}_seconds_per_image", f"{{}}, {kind}")
-        ]
 
     def loss(dataset: str) -> list[Line]:
         points = {cell: [row for row in curve if "val_loss" in row] for cell, curve in curves.items() if cell.dataset == dataset}
@@ -89,7 +82,6 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
         return [_loss_by_logsnr(cell, row) for cell, row in rows.items() if cell.dataset == dataset]
 
     figures.save_lines(folder / "fid.png", panels(fid), x="T, steps", y="FID (lower is better)", log_x=ticks, log_y=True)
-    figures.save_lines(folder / "cost.png", panels(cost), x="T, steps", y="seconds per image", log_x=ticks, log_y=True)
     figures.save_lines(folder / "over_training.png", panels(over_training), x="images trained on", y="FID", log_y=True)
     figures.save_lines(folder / "loss.png", panels(loss), x="images trained on", y="validation loss", log_y=True)
     figures.save_lines(folder / "logsnr.png", panels(by_logsnr), x="log-SNR", y="MSE of x0", log_y=True)
@@ -99,13 +91,13 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
     figures.save_contact_sheet(folder / "samples.png", grids)
 
 
-def _against_steps(sweep: params.Sweep, rows: Rows, dataset: str, name: str, label: str) -> list[Line]:
+def _against_steps(sweep: params.Sweep, rows: Rows, dataset: str, name: str) -> list[Line]:
     """One line for each schedule and seed: a number of the row against T, where it was measured."""
     lines = []
     for schedule in sweep.schedules:
         for seed in sweep.seeds:
             found = [rows[cell] for T in sorted(sweep.timesteps) if name in rows[cell := Cell(dataset, schedule, T, seed)]]
-            title = label.format(schedule) + (f", seed {seed}" if len(sweep.seeds) > 1 else "")
+            title = schedule + (f", seed {seed}" if len(sweep.seeds) > 1 else "")
             error = [row.get(f"{name}_error", 0.0) for row in found]
             lines += [Line(title, [row["T"] for row in found], [row[name] for row in found], error if any(error) else None)]
     return [line for line in lines if line.x]
@@ -147,8 +139,8 @@ def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
         "accuracy": "accuracy",
     }
     columns |= {"sure": "confident", "precision": "precision", "recall": "recall", "bits/dim": "bits_per_dim"}
-    columns |= {"eps-MSE": "eps_mse", "trained on": "train_images", "training s": "train_seconds"}
-    columns |= {"s/image, fast": "fast_seconds_per_image", "s/image, all T": "ancestral_seconds_per_image"}
+    columns |= {"eps-MSE": "eps_mse", "trained on": "train_images"}
+    columns |= {"evaluations, fast": "fast_evaluations", "all T": "ancestral_evaluations"}
     lines = ["# Comparison of the sweep", "", _EXPLANATION]
     lines += [f"`{name}` is synthetic: its images are drawn by a program, nobody wrote them.\n" for name in synthetic]
     lines += [_SHARED] if any(row["network"] == "shared" for row in rows.values()) else []
@@ -180,20 +172,21 @@ differ in their seed alone differ by up to about 36 % of FID (95 % of pairs; est
 any label with at least 0.9 confidence. `precision` is the share of samples among the real images, `recall` the share of real
 images among the samples (k = 3). `bits/dim` is the variational bound on the negative log-likelihood
 of test images, given their labels. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
-log-SNR does. `trained on` counts images. Every cell is sampled twice: fast, with the same number of steps in every cell (all
-scores are of this set), and with all T steps. The FID over training is of small fast sets, drawn from the averages at each
+log-SNR does. `trained on` counts images; one network serves every T of its schedule. Every cell is sampled twice: fast, with the
+same number of steps in every cell (all scores are of this set), and with all T steps. `evaluations` of the network are what an
+image costs: seconds are in MLflow and in what `make repro` prints.
+
+The FID over training is of small fast sets, drawn from the averages at each
 quarter of the last phase: it is higher than that of the full set, and has a floor of its own.
 """
 
 _SHARED = """\
 One network for each dataset and seed, trained at every noise level, as often as `cosine` visits each, draws for all T and
-schedules (`train.shared`): what differs between its cells is how the sampler walks, nothing that was learned. `training s` is
-that of the training for the cell that did it, and of a copy for the others.
+schedules (`train.shared`): what differs between its cells is how the sampler walks, nothing that was learned.
 """
 
 _FIGURES = {
     "fid": "FID over T",
-    "cost": "Seconds per image over T",
     "over_training": "FID over training: would training longer pay?",
     "loss": "Validation loss",
     "logsnr": "Loss by noise level, comparable across schedules",

@@ -20,7 +20,7 @@ from torch import Tensor
 from stages.datasets.images import to_float
 from stages.diffusion.likelihood import decoder_nll, prior_kl, step_chances, step_kl
 from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample, x0_and_eps
-from stages.diffusion.schedules import noise_levels, shared_levels
+from stages.diffusion.schedules import noise_levels
 from stages.drawing.network import load_network
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError
@@ -30,7 +30,7 @@ from stages.fidelity.metrics import METRICS, Score
 from stages.fidelity.sets import Fake, Real
 from stages.networks.classifier import CHUNK, Classifier, classify
 from stages.networks.unet import UNet
-from stages.pipeline import params, paths
+from stages.pipeline import checkpoint, params, paths
 from stages.pipeline.checkpoint import load_classifier
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.stage import progress, run
@@ -41,8 +41,9 @@ LOSS_CHUNK = 256  # images at a time, for the network and for the likelihood
 Json = dict[str, Any]
 
 
-def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
+def main(cell: params.Cell, evaluate: params.Evaluate, train__threads: int) -> None:
     """Score the sets, measure the losses, write."""
+    torch.set_num_threads(train__threads)
     judge = Judge.load(cell.dataset)
     scores: Json = {}
     for name in ("fast", "ancestral"):
@@ -54,6 +55,7 @@ def main(cell: params.Cell, evaluate: params.Evaluate) -> None:
         for trained, images in zip(drawn["trained_images"].tolist(), drawn["images"], strict=True)
     ]
     scores |= measure_losses(cell, evaluate)
+    scores["machines"] = {"train": sampling["trained_on"], "sample": [sampling["machine"]], "evaluate": [checkpoint.machine()]}
     write_json(paths.scores("evaluate", str(cell)), scores)
 
 
@@ -121,7 +123,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
     """
     rng = torch.Generator().manual_seed(0)
     x0, y = pick_images(cell.dataset, evaluate.images, rng)
-    net, about = load_network(paths.weights(str(cell)) / "ema.safetensors")
+    net, about = load_network(paths.weights(str(cell.training)) / "ema.safetensors")
     table, grid = known_levels(cell, about, evaluate.logsnr)
     levels = draw_levels(table, grid, evaluate.draws, len(x0), rng)
 
@@ -172,8 +174,7 @@ def known_levels(cell: params.Cell, about: Json, asked: list[float]) -> tuple[Te
     """
     how = {name: about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
     table = torch.from_numpy(noise_levels(cell.schedule, cell.T, size=about["size"], **how))
-    learned = torch.from_numpy(shared_levels(size=about["size"], **how)) if about["train"]["shared"] else table
-    noisiest, cleanest = logsnr(learned[[-1, 0]]).tolist()
+    noisiest, cleanest = about["logsnr"]
     return table, [level for level in asked if noisiest <= level <= cleanest]
 
 

@@ -25,8 +25,9 @@ from stages.pipeline.stage import progress, run
 TURNS = 4  # ways to turn an image by right angles
 
 
-def main(dataset: str, extractor: params.Extractor) -> dict[str, Any]:
+def main(dataset: str, extractor: params.Extractor, train__threads: int) -> dict[str, Any]:
     """Train, measure on the test split, write. Where all images are of one class, the classifier learns how they are turned."""
+    torch.set_num_threads(train__threads)
     train, about = load_tensors(paths.prepared(dataset) / "train.safetensors")
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
     num_classes = len(about["class_names"])

@@ -25,8 +25,9 @@ from stages.pipeline.stage import progress, run
 DRAWS = 10  # disjoint sets of N train images at most; each is measured as if it were a set of samples
 
 
-def main(dataset: str, sample__images: int, sample__snapshot_images: int) -> None:
+def main(dataset: str, sample__images: int, sample__snapshot_images: int, train__threads: int) -> None:
     """Embed the test split and draws from the train split, measure sets of both sizes, write."""
+    torch.set_num_threads(train__threads)
     train, _ = load_tensors(paths.prepared(dataset) / "train.safetensors")
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
     N, n = sample__images, len(train["images"])

@@ -37,11 +37,11 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
 
     snapshots = []
     for name in ("ema-25", "ema-50", "ema-75"):
-        chain = chain_of(cell, sample, paths.weights(str(cell)) / f"{name}.safetensors", counts)
+        chain = chain_of(cell, sample, paths.weights(str(cell.training)) / f"{name}.safetensors", counts)
         images = _drawn(chain, sample.snapshot_images, fast, f"{cell} {name}").images
         snapshots.append((chain.about["images"], images))
 
-    chain = chain_of(cell, sample, paths.weights(str(cell)) / "ema.safetensors", counts)
+    chain = chain_of(cell, sample, paths.weights(str(cell.training)) / "ema.safetensors", counts)
     few, measured = _set(cell, chain, "fast", labels, fast)
     snapshots.append((chain.about["images"], few.images[: sample.snapshot_images]))
     folder = paths.samples(str(cell))
@@ -78,6 +78,7 @@ def _set(cell: params.Cell, chain: Chain, name: str, labels: Tensor, how: How) -
     rate = n / seconds / chain.share_of_cores(n)  # as if every core had had a chunk all the time
     about = {"sampler": how.sampler, "spacing": how.spacing, "steps": how.steps, "network_evaluations": drawn.evaluations}
     about |= how.options | {"guidance": chain.guidance.strength, "guidance_interval": chain.guidance_interval}
+    about |= {"chunk": chain.chunk, "machine": checkpoint.machine(), "trained_on": chain.about["machines"]}
     tensors = {"images": drawn.images, "labels": chain.asked(labels)}
     save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", tensors, cell=str(cell), **about)
     return drawn, {f"{name}_seconds": round(seconds, 2), f"{name}_images_per_sec": round(rate, 2)}

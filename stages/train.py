@@ -1,9 +1,9 @@
-"""Train the network of one cell.
+"""Train one network: it serves the cells of every T of its dataset, schedule and seed.
 
 Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, the average at each quarter of
 the last phase, previews.zip with a grid before it and one for each report, and the loss curve.
 
-    python -m stages.train mnist-cosine-1000-0
+    python -m stages.train mnist-cosine-0
 """
 
 import csv
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from stages.datasets.images import balanced_order
-from stages.diffusion.schedules import SHARED_LEVELS, noise_levels, shared_levels
+from stages.diffusion.process import logsnr
+from stages.diffusion.schedules import Alphas, noise_levels, shared_levels, trained_at
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError
 from stages.fidelity.rounding import significant
@@ -35,7 +36,7 @@ from stages.training.state import State
 from stages.training.step import rate_of_step, train_step
 from stages.training.timetable import Timetable
 
-# The code that decides the bits of a training, in stages/: what dvc.yaml says it depends on, beside the cell's schedule.
+# The code that decides the bits of a training, in stages/: what dvc.yaml says it depends on, beside its schedule.
 CODE = (
     "train",
     "datasets/images",
@@ -50,7 +51,7 @@ STATE = "state.safetensors"  # all that an unfinished training needs to go on
 
 
 def main(
-    cell: params.Cell,
+    training: params.Training,
     diffusion: params.Diffusion,
     network: params.Network,
     train: params.Train,
@@ -60,32 +61,33 @@ def main(
     """Train with the whole split resident as one uint8 tensor; the randomness of a step is a function of (seed, step).
 
     So a killed training goes on from its last checkpoint to the same bits, and one with a phase more from the finished phases
-    before it, where they are still there. A shared network is trained by the first cell of its dataset and seed; the others find
-    it finished and take it.
+    before it, where they are still there. A shared network is trained for the first schedule of its dataset and seed; the
+    others find it finished and take it.
     """
-    train = train.of(cell.dataset)
+    train = train.of(training.dataset)
+    torch.set_num_threads(train.threads)
     checkpoint.check_bf16(train.precision)
     _set_kernels(train.deterministic)
 
     # Read the images and build the network. What is needed to build it again travels with the weights.
-    split = _split(cell.dataset, train.validation_images, checkpoint.device())
-    levels = SHARED_LEVELS if train.shared else (cell.schedule, cell.T)
-    state = begin(cell.seed, levels, split, diffusion, network, train)
-    about = {"levels": levels, "seed": cell.seed, "size": split.size, "num_classes": len(split.class_names)}
-    about |= {"class_names": split.class_names, "network": network.model_dump(), "diffusion": diffusion.model_dump()}
-    about |= {"train": train.model_dump()}
-    code = CODE if train.shared else (*CODE, f"diffusion/schedules/{cell.schedule}")
-    names = _fingerprints(cell.dataset, "-".join(map(str, [*levels, cell.seed])), code, diffusion, network, train)
+    split = _split(training.dataset, train.validation_images, checkpoint.device())
+    state = begin(training, split, diffusion, network, train)
+    about = {"levels": levels_name(training, train), "logsnr": logsnr(state.alpha_bar[[-1, 0]]).tolist(), "seed": training.seed}
+    about |= {"size": split.size, "num_classes": len(split.class_names), "class_names": split.class_names}
+    about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump()}
+    names = _fingerprints(training, diffusion, network, train)
 
     # Train, from where an earlier process was stopped.
     with checkpoint.unfinished(names[-1]) as work:
-        job = Job(str(cell), state, split, work, names, train.shared, about)
+        job = Job(str(training), state, split, work, names, train.shared, about)
         taken = _resume(job)
         _train(job, listener, runtime.checkpoint_seconds)
         _publish(job)
     if taken:
         return {}
-    return {"images_per_sec": round(state.step * train.batch / job.record.seconds, 1), "by_step": job.record.clock}
+    record = job.record
+    rate = round(state.step * train.batch / record.seconds, 1)
+    return {"seconds": round(job.elapsed(), 2), "images_per_sec": rate, "by_step": record.clock}
 
 
 class Split(NamedTuple):
@@ -111,6 +113,8 @@ class Record:
     curve: list[dict[str, float]] = field(default_factory=list)  # what each report measured
     clock: list[dict[str, float]] = field(default_factory=list)  # what each report measured with a clock
     seconds: float = 0.0  # of the steps, without the reports
+    elapsed: float = 0.0  # of all, those of earlier processes too
+    machines: list[dict[str, str]] = field(default_factory=list)  # what took part: a training may go on elsewhere
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what is in weights/, by name
 
 
@@ -124,7 +128,7 @@ class Job:
         about: what is written beside the weights.
     """
 
-    cell: str
+    name: str
     state: State
     split: Split
     work: Path
@@ -132,6 +136,11 @@ class Job:
     shared: bool
     about: dict[str, Any]
     record: Record = field(default_factory=Record)
+    since: float = field(default_factory=time.perf_counter)
+
+    def elapsed(self) -> float:
+        """Seconds of the whole training, those before this process too."""
+        return self.record.elapsed + time.perf_counter() - self.since
 
     @property
     def weights(self) -> Path:
@@ -166,7 +175,7 @@ def _train(job: Job, listener: Listener, checkpoint_seconds: float) -> None:
     ends = {phase.end for phase in timetable.phases}
     watch, saved = Stopwatch(state.step, job.record.seconds), time.perf_counter()
     steps = range(state.step + 1, timetable.end + 1)
-    for step in progress(steps, total=timetable.end, initial=state.step, unit="step", label=job.cell):
+    for step in progress(steps, total=timetable.end, initial=state.step, unit="step", label=job.name):
         index = batch_of_step(step, state.recipe.batch, len(split.rows), state.seed, split.rows.device)
         chosen = split.rows[index]
         train_step(state, (split.images[chosen], split.labels[chosen]), step)
@@ -215,7 +224,7 @@ def _snapshot(job: Job, name: str) -> None:
     """Write the average of the weights as it is now."""
     file = job.weights / f"{name}.safetensors"
     images = job.state.step * job.state.recipe.batch
-    checkpoint.save_tensors(file, job.state.average.state_dict(), **job.about, images=images)
+    checkpoint.save_tensors(file, job.state.average.state_dict(), **job.about, images=images, machines=job.record.machines)
     job.record.files[file.name] = sha256(file)
 
 
@@ -225,7 +234,7 @@ def _save(job: Job) -> None:
     over = state.step == phase.end
     fingerprint = job.names[state.timetable.phases.index(phase)] if over else job.names[-1]
     job.record.step = state.step
-    about = {**asdict(job.record), "fingerprint": fingerprint}
+    about = {**asdict(job.record), "elapsed": job.elapsed(), "fingerprint": fingerprint}
     checkpoint.save_state(job.work / STATE, state.modules, [] if over else state.optimizers, list(state.read_losses()), **about)
     _keep(job)
 
@@ -240,12 +249,13 @@ def _keep(job: Job) -> None:
 def _publish(job: Job) -> None:
     """Write the outputs, whole."""
     checkpoint.check_files(job.weights, job.record.files)
-    with whole_files(paths.weights(job.cell)) as folder:
+    with whole_files(paths.weights(job.name)) as folder:
         for name in job.state.timetable.snapshots.values():
             shutil.copy(job.weights / f"{name}.safetensors", folder)
-        checkpoint.save_tensors(folder / "raw.safetensors", job.state.net.state_dict(), **job.about)
+        about = job.about | {"images": job.state.step * job.state.recipe.batch, "machines": job.record.machines}
+        checkpoint.save_tensors(folder / "raw.safetensors", job.state.net.state_dict(), **about)
         write_archive(folder / "previews.zip", job.weights / "previews")
-    _write_curve(paths.loss_curve(job.cell), job.record.curve)
+    _write_curve(paths.loss_curve(job.name), job.record.curve)
 
 
 def _resume(job: Job) -> bool:
@@ -253,12 +263,17 @@ def _resume(job: Job) -> bool:
     _restore(job)
     step, end = job.state.step, job.state.timetable.end
     taken = job.shared and step == end
+    here, machines = checkpoint.machine(), job.record.machines
     if taken:
-        print(f"{job.cell}: takes the network that is trained already", flush=True)
+        print(f"{job.name}: takes the network that is trained already", flush=True)
     elif step:
-        print(f"{job.cell}: going on from step {step} of {end}", flush=True)
+        print(f"{job.name}: going on from step {step} of {end}", flush=True)
+        if here != machines[-1]:
+            print(f"{job.name}: begun on {_told(machines[-1])}, here it is {_told(here)}: the bits will be of both", flush=True)
     else:
         _draw(job, 0)
+    if not taken and here not in machines[-1:]:
+        machines.append(here)
     _keep(job)  # a kill may have come between the end of a phase and this
     return taken
 
@@ -288,36 +303,47 @@ def _restore(job: Job) -> None:
     job.work.mkdir(exist_ok=True)
 
 
-def begin(
-    seed: int, levels: tuple[str, int], split: Split, diffusion: params.Diffusion, network: params.Network, train: params.Train
-) -> State:
-    """The state before the first step, on the device of the images.
+def _told(machine: dict[str, str]) -> str:
+    return f"{machine['processor']} with torch {machine['torch']}"
 
-    Args:
-        levels: the schedule and T of the noise levels to train at.
-    """
-    how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
-    alpha_bar = shared_levels(size=split.size, **how) if train.shared else noise_levels(*levels, size=split.size, **how)
-    on_device = torch.from_numpy(alpha_bar).to(split.images.device)
+
+def begin(
+    training: params.Training, split: Split, diffusion: params.Diffusion, network: params.Network, train: params.Train
+) -> State:
+    """The state before the first step, on the device of the images."""
+    on_device = torch.from_numpy(levels(training, split.size, diffusion, train)).to(split.images.device)
     values = diffusion.model_dump() | train.model_dump()
     recipe = Recipe(**{each.name: values[each.name] for each in fields(Recipe)})
-    torch.manual_seed(seed)
+    torch.manual_seed(training.seed)
     net = UNet(size=split.size, num_classes=len(split.class_names), **network.model_dump())
-    return State.begin(net, recipe, Timetable.of(train.images, train.batch, train.curve_points), on_device, seed)
+    timetable = Timetable.of(train.images, train.batch, train.curve_points)
+    return State.begin(net, recipe, timetable, on_device, training.seed)
+
+
+def levels(training: params.Training, size: int, diffusion: params.Diffusion, train: params.Train) -> Alphas:
+    """alpha_bar of the noise levels to train at, (T,) float64: T is large where they are as good as continuous."""
+    how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
+    if train.shared:
+        return shared_levels(size=size, **how)
+    return noise_levels(training.schedule, trained_at(training.schedule, train.timesteps), size=size, **how)
+
+
+def levels_name(training: params.Training, train: params.Train) -> str:
+    """Whose noise levels a network learns: what its file says, and nothing more of the schedule."""
+    return "shared" if train.shared else training.schedule
 
 
 def _fingerprints(
-    dataset: str,
-    levels_and_seed: str,
-    code: tuple[str, ...],
-    diffusion: params.Diffusion,
-    network: params.Network,
-    train: params.Train,
+    training: params.Training, diffusion: params.Diffusion, network: params.Network, train: params.Train
 ) -> list[str]:
-    """What the state of this training is known by after each of its phases: a hash of all that leads there."""
-    folder = paths.prepared(dataset)
-    files = [folder / "train.safetensors", *(Path(__file__).parent / f"{name}.py" for name in code)]
-    values = [dataset, levels_and_seed, diffusion.model_dump(), network.model_dump(), train.model_dump(exclude={"images"})]
+    """What the state of this training is known by after each of its phases: a hash of all that leads there.
+
+    But for the machine, which the state itself tells.
+    """
+    code = CODE if train.shared else (*CODE, f"diffusion/schedules/{training.schedule}")
+    files = [paths.prepared(training.dataset) / "train.safetensors", *(Path(__file__).parent / f"{name}.py" for name in code)]
+    values = [training.dataset, levels_name(training, train), training.seed, diffusion.model_dump(), network.model_dump()]
+    values.append(train.model_dump(exclude={"images"}))
     return [checkpoint.fingerprint(files, *values, train.images[: k + 1]) for k in range(len(train.images))]
 
 

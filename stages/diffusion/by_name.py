@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -19,4 +20,13 @@ def find(folder: str, name: str, function: str) -> Any:
     """That function of the file of that name. Raises ValueError, with the names that there are, for an unknown one."""
     if name not in (known := names(folder)):
         raise ValueError(f"there is no stages/diffusion/{folder}/{name}.py; allowed: {', '.join(known)}")
-    return getattr(importlib.import_module(f"{__package__}.{folder}.{name}"), function)
+    return getattr(_module(folder, name), function)
+
+
+def constant(folder: str, name: str, what: str) -> Any:
+    """A constant of a file that is there; None where it has none of that name."""
+    return getattr(_module(folder, name), what, None)
+
+
+def _module(folder: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{folder}.{name}")

@@ -75,13 +75,22 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def fingerprint(files: Iterable[Path], *values: Any) -> str:
-    """A hash of what decides the bits of a training: the content of files (data and code), values, the machine.
+    """A hash of what decides the bits of a training: the content of files (data and code), values.
 
     Args:
         values: anything that JSON can hold.
     """
-    machine = [device().type, torch.get_num_threads(), torch.__version__]
-    return content_hash([[md5(path) for path in files], machine, *values])[:32]
+    return content_hash([[md5(path) for path in files], *values])[:32]
+
+
+def machine() -> dict[str, str]:
+    """What of this machine decides bits: type of the device, which of its instructions torch uses, version of torch.
+
+    How many cores it has decides none: the number of threads is a parameter.
+    """
+    device_type, version = device().type, torch.__version__.partition("+")[0]
+    processor = torch.cuda.get_device_name() if device_type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"device": device_type, "processor": processor, "torch": version}
 
 
 @contextlib.contextmanager

@@ -47,8 +47,14 @@ def status() -> subprocess.CompletedProcess[str]:
 
 def outputs(loaded: params.Params) -> list[str]:
     """The paths of all that the stages of the sweep write, as dvc.yaml names them."""
-    named = [out for stage in stages().values() for out in paths.outs(stage)]
-    return list(dict.fromkeys(paths.of_item(out, str(cell)) for cell in loaded.sweep.cells() for out in named))
+    return list(
+        dict.fromkeys(
+            paths.of_item(out, paths.item_of(stage, str(cell)))
+            for cell in loaded.sweep.cells()
+            for stage in stages().values()
+            for out in paths.outs(stage)
+        )
+    )
 
 
 def read_lock() -> dict[str, str]:
@@ -136,11 +142,12 @@ def is_recorded(
     made: dict[str, str] = {}
     values = loaded.model_dump()
     for name, stage in itertools.takewhile(lambda item: item[0] != before, stages.items()):
-        entry = recorded(lock, f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}")
+        item = paths.item_of(stage, str(cell))
+        entry = recorded(lock, f"{name}@{item}")
         locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
-        if (entry.get("params") or {}).get("params.yaml") != params_of(stage, cell, loaded):
+        if (entry.get("params") or {}).get("params.yaml") != params_of(stage, item, loaded):
             return False
-        if locked.keys() != set(paths.deps(stage, str(cell), values)):
+        if locked.keys() != set(paths.deps(stage, item, values)):
             return False
         if any(digest != (made.get(path) or md5(Path(path))) for path, digest in locked.items()):
             return False
@@ -149,10 +156,10 @@ def is_recorded(
     return before is not None or made.get(str(scores)) == md5(scores)
 
 
-def params_of(stage: Stage, cell: params.Cell, loaded: params.Params) -> dict[str, Any]:
-    """The values of a stage's entries under `params`, by dotted name, as DVC records them."""
+def params_of(stage: Stage, item: str, loaded: params.Params) -> dict[str, Any]:
+    """The values of a stage's entries under `params`, by dotted name, as DVC records them for one of its items."""
     values = loaded.model_dump()
-    return {name: _at(values, name) for name in (paths.of_item(item, str(cell)) for item in stage["params"])}
+    return {name: _at(values, name) for name in (paths.of_item(entry, item) for entry in stage["params"])}
 
 
 def _at(values: dict[str, Any], dotted: str) -> Any:

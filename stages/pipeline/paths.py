@@ -6,13 +6,21 @@ from typing import Any
 
 
 def of_item(entry: str, item: str) -> str:
-    """An entry of dvc.yaml for one dataset, or for one cell, by its name."""
-    dataset, schedule, *_ = [*item.split("-"), ""]
-    return entry.replace("${item.dataset}", dataset).replace("${item.schedule}", schedule).replace("${key}", item)
+    """An entry of dvc.yaml for one dataset, training or cell, by its name: DATASET[-SCHEDULE[-T]-SEED]."""
+    parts = item.split("-")
+    named = {"item.dataset": parts[0], "item.schedule": parts[1] if parts[1:] else "", "item.seed": parts[-1], "key": item}
+    return re.sub(r"\$\{(item\.\w+|key)\}", lambda choice: named[choice[1]], entry)
+
+
+def item_of(stage: dict[str, Any], cell: str) -> str:
+    """The item of a stage, by its section of dvc.yaml, that leads to a cell: its dataset, its training, itself, or nothing."""
+    dataset, schedule, T, seed = cell.split("-")
+    named = {"dataset": dataset, "schedule": schedule, "T": T, "seed": seed}
+    return "-".join(named[axis] for axis in stage.get("matrix", {}))
 
 
 def deps(stage: dict[str, Any], item: str, values: dict[str, Any]) -> list[str]:
-    """What a stage reads, by its section of dvc.yaml, for one dataset or cell; `values`: the content of params.yaml.
+    """What a stage reads, by its section of dvc.yaml, for one dataset, training or cell; `values`: the content of params.yaml.
 
     Each path once: two parameters may choose the same file.
     """
@@ -57,9 +65,9 @@ def reference(dataset: str) -> Path:
     return Path("models/reference") / f"{dataset}.safetensors"
 
 
-def weights(cell: str) -> Path:
+def weights(training: str) -> Path:
     """Folder of ema.safetensors, raw.safetensors, the EMA snapshots and previews.zip."""
-    return Path("models/cells") / cell
+    return Path("models/networks") / training
 
 
 def samples(cell: str) -> Path:
@@ -67,16 +75,11 @@ def samples(cell: str) -> Path:
     return Path("samples") / cell
 
 
-def loss_curve(cell: str) -> Path:
+def loss_curve(training: str) -> Path:
     """Train and validation loss by step."""
-    return Path("metrics/train") / f"{cell}.csv"
+    return Path("metrics/train") / f"{training}.csv"
 
 
 def scores(stage: str, name: str) -> Path:
     """Deterministic results of extractor, reference or evaluate."""
     return Path("metrics") / stage / f"{name}.json"
-
-
-def timing(stage: str, name: str) -> Path:
-    """What a stage measured with a clock."""
-    return Path("metrics/timing") / stage / f"{name}.json"

@@ -9,22 +9,27 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from stages.errors import ChangedError, UserError, in_one_line, masked
-from stages.pipeline import inputs, params, paths, processes
-from stages.pipeline.files import alone, write_json
+from stages.pipeline import clocks, inputs, params, processes
+from stages.pipeline.files import alone
+
+SUBJECTS = ("dataset", "training", "cell")  # what a stage works on: one of a sweep's datasets, networks or cells
 
 
 class Listener:
-    """Hears how a stage goes; this one does nothing with it. What a listener does never fails a stage."""
+    """Hears how a stage goes; this one does nothing with it. What a listener does never fails a stage.
 
-    def __init__(self, stage: str, cell: params.Cell | None) -> None:
-        self.stage, self.cell = stage, cell
+    `cells`: those that the stage works for, one, or all that a training serves; none where it works for a dataset, or for all.
+    """
+
+    def __init__(self, stage: str, cells: Sequence[params.Cell]) -> None:
+        self.stage, self.cells = stage, cells
 
     def start(self) -> None:
         """The stage begins to work."""
@@ -44,16 +49,16 @@ class Listener:
 
 
 def run(main: Callable[..., dict[str, Any] | None], listens: type[Listener] = Listener) -> None:
-    """Run a stage from the command line: `python -m stages.NAME [DATASET | CELL] [--dry-run]`.
+    """Run a stage from the command line: `python -m stages.NAME [DATASET | TRAINING | CELL] [--dry-run]`.
 
-    The signature of `main` says what the stage reads. A first parameter `dataset` or `cell` comes from the command line, or from
-    DVC, which tells it in DVC_STAGE, where no shell has a part. `data` is that dataset's section of params.yaml; every other
-    parameter is the section of its name, and `a__b` is the key `a.b`; `listener` is who hears of it. What `main` returns was
-    measured with a clock and goes to metrics/timing, beside seconds, memory and device.
+    The signature of `main` says what the stage reads. A first parameter `dataset`, `training` or `cell` comes from the command
+    line, or from DVC, which tells it in DVC_STAGE, where no shell has a part. `data` is that dataset's section of params.yaml;
+    every other parameter is the section of its name, and `a__b` is the key `a.b`; `listener` is who hears of it. What `main`
+    returns was measured with a clock and goes to the clocks of the workspace, beside seconds, memory and device.
     """
     stage = Path(sys.argv[0]).stem
     wanted = inspect.signature(main).parameters
-    subject = next((kind for kind in ("dataset", "cell") if kind in wanted), None)
+    subject = next((kind for kind in SUBJECTS if kind in wanted), None)
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=inspect.getdoc(inspect.getmodule(main)))
     if subject:
         known = told_by_dvc(stage)
@@ -61,7 +66,8 @@ def run(main: Callable[..., dict[str, Any] | None], listens: type[Listener] = Li
     parser.add_argument("--dry-run", action="store_true", help="print the checked parameters and stop")
     args = parser.parse_args()
     with in_one_line(stage), _ended_by_ctrl_c():
-        arguments = _arguments(params.load(), wanted, subject, getattr(args, "name", None))
+        loaded = params.load()
+        arguments = _arguments(loaded, wanted, getattr(args, "name", None))
         if args.dry_run:
             print(masked(json.dumps(arguments, default=_plain, indent=2)))
             return
@@ -70,14 +76,14 @@ def run(main: Callable[..., dict[str, Any] | None], listens: type[Listener] = Li
         if "DVC_STAGE" in os.environ:
             processes.end_with_parents()
         inputs.STARTED.look()
-        listener = listens(stage, arguments.get("cell"))
+        listener = listens(stage, cells_of(arguments, loaded))
         with alone(Path(f".state/locks/{stage}-{getattr(args, 'name', '')}.lock")), _heard_by(listener):
             start = time.perf_counter()
             measured = main(**arguments, **({"listener": listener} if "listener" in wanted else {}))
             seconds = time.perf_counter() - start
-            if subject:
-                write_json(paths.timing(stage, args.name), {**_machine(seconds), **(measured or {})})
             check_unchanged()
+            if subject:
+                clocks.write(stage, args.name, {**_machine(seconds), **(measured or {})})
 
 
 @contextlib.contextmanager
@@ -105,8 +111,15 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         sys.exit(130)
 
 
+def cells_of(arguments: dict[str, Any], loaded: params.Params) -> list[params.Cell]:
+    """The cells that a stage works for."""
+    if "cell" in arguments:
+        return [arguments["cell"]]
+    return [cell for cell in loaded.sweep.cells() if cell.training == arguments.get("training")]
+
+
 def told_by_dvc(stage: str) -> str | None:
-    """The dataset or cell that DVC runs a stage for; None where DVC does not run it."""
+    """The dataset, training or cell that DVC runs a stage for; None where DVC does not run it."""
     name, item = processes.dvc_stage()
     return item if name == stage and item else None
 
@@ -119,7 +132,7 @@ def check_unchanged() -> None:
         )
 
 
-def _arguments(loaded: params.Params, wanted: Iterable[str], subject: str | None, name: str | None) -> dict[str, Any]:
+def _arguments(loaded: params.Params, wanted: Iterable[str], name: str | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for key in wanted:
         if key == "listener":
@@ -130,8 +143,10 @@ def _arguments(loaded: params.Params, wanted: Iterable[str], subject: str | None
             arguments[key] = name
         elif key == "cell":
             arguments[key] = params.find_cell(loaded, str(name))
+        elif key == "training":
+            arguments[key] = params.find_training(loaded, str(name))
         elif key == "data":
-            arguments[key] = loaded.data[arguments["dataset"] if subject == "dataset" else arguments["cell"].dataset]
+            arguments[key] = loaded.data[arguments["dataset"]]
         else:
             value: Any = loaded
             for part in key.split("__"):

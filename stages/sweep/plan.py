@@ -13,21 +13,18 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from stages.errors import UserError, in_one_line
-from stages.pipeline import dvc_forms, params, paths, sources
+from stages.pipeline import clocks, dvc_forms, params, paths, sources
 from stages.pipeline.files import whole_file
 from stages.sweep import reasons, repair
 from stages.tracking import results
 from stages.tracking.provenance import Tree
 
 PROFILES = Path("profiles")
-PER_CELL = ("train", "sample", "evaluate")
-PER_DATASET = ("fetch", "prepare", "extractor", "reference")
 
 
 def plan() -> None:
@@ -54,24 +51,24 @@ def plan() -> None:
     print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
     for line in reasons.lines(changed, Tree.read(), stages):
         print(line)
-    known = [seconds for name in stages if (seconds := expected_seconds(name)) is not None]
+    known = [seconds for name in stages if (seconds := clocks.expected_seconds(*name.split("@"))) is not None]
     unknown = len(stages) - len(known) - counts["compare"]
     if known:
-        print(f"About {max(1, round(sum(known) / 60))} min, going by metrics/timing", end="")
+        print(f"About {max(1, round(sum(known) / 60))} min, going by what was measured here", end="")
         print(f"; no estimate for {unknown} of the stages" if unknown else "")
     else:
-        print("No estimate: metrics/timing records no such stage yet.")
+        print("No estimate: no such stage was run here yet.")
 
 
 def with_followers(changed: set[str]) -> list[str]:
     """The changed stages and all that follow from them, in the order of dvc.yaml: what will run unless an output stays the same."""
     stages, loaded = dvc_forms.stages(), params.load()
-    cells, values = list(loaded.sweep.cells()), loaded.model_dump()
-    names = {name: [str(cell) for cell in cells] if name in PER_CELL else {cell.dataset for cell in cells} for name in stages}
+    values = loaded.model_dump()
+    names = {name: {paths.item_of(stage, str(cell)) for cell in loaded.sweep.cells()} for name, stage in stages.items()}
     found: list[str] = []
     made: list[str] = []  # outputs of the stages found so far
     for name, stage in stages.items():
-        for item in sorted(names[name]) if "matrix" in stage else [""]:
+        for item in sorted(names[name]):
             full = f"{name}@{item}" if item else name
             deps = paths.deps(stage, item, values)
             if full in changed or any(_overlap(dep, out) for dep in deps for out in made):
@@ -80,25 +77,13 @@ def with_followers(changed: set[str]) -> list[str]:
     return found
 
 
-def expected_seconds(name: str) -> float | None:
-    """What a stage took when last recorded; else the mean of the same stage on the same dataset, else on any; else None."""
-    stage, _, item = name.partition("@")
-    dataset = item.partition("-")[0]
-    for pattern in (item, f"{dataset}-*", "*"):
-        found = [results.timing(stage, path.stem) for path in sorted(paths.timing(stage, "x").parent.glob(f"{pattern}.json"))]
-        seconds = [timing["seconds"] for timing in found if "seconds" in timing]
-        if seconds:
-            return mean(seconds)
-    return None
-
-
 def table() -> None:
     """Print the cells whose results are of what is here now; never fails because one is not."""
     tree = Tree.read()
     cells = list(tree.params.sweep.cells())
     finished = [cell for cell in cells if tree.is_recorded(cell)]
     if finished:
-        print(results.table(results.row(cell) for cell in finished))
+        print(results.table(results.row(cell) | results.clocks(tree, cell)[0] for cell in finished))
     if missing := [str(cell) for cell in cells if cell not in finished]:
         print(f"Without results of the present code, parameters and data: {', '.join(missing)}")
         print("metrics/report.md and metrics/figures are of an earlier run, if they are there.")
@@ -124,12 +109,10 @@ def leftovers(loaded: params.Params) -> list[Path]:
 
     Also the state of trainings that a kill broke off and nobody went on with.
     """
-    cells = {str(cell) for cell in loaded.sweep.cells()}
-    datasets = set(loaded.sweep.datasets)
-    folders: dict[Path, set[str]] = {paths.weights("x").parent: cells, paths.samples("x").parent: cells}
-    folders |= {paths.loss_curve("x").parent: cells, paths.scores("evaluate", "x").parent: cells}
-    folders |= {paths.timing(stage, "x").parent: cells for stage in PER_CELL}
-    folders |= {paths.timing(stage, "x").parent: datasets for stage in PER_DATASET}
+    cells, datasets = {str(cell) for cell in loaded.sweep.cells()}, set(loaded.sweep.datasets)
+    trainings = {str(training) for training in loaded.sweep.trainings()}
+    folders: dict[Path, set[str]] = {paths.samples("x").parent: cells, paths.scores("evaluate", "x").parent: cells}
+    folders |= {paths.weights("x").parent: trainings, paths.loss_curve("x").parent: trainings}
     folders |= {paths.scores(stage, "x").parent: datasets for stage in ("extractor", "reference")}
     folders |= {make("x").parent: datasets for make in (paths.extractor, paths.reference)}
     unfinished = sorted([*Path(".state/checkpoints").glob("*"), *Path(".state/scratch").glob("*")])

@@ -5,6 +5,7 @@ import datetime
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ from stages.pipeline.params import Cell
 from stages.tracking import patience, store
 from stages.tracking.mirror import Failing, tell, with_store
 from stages.tracking.patience import Watch
-from stages.tracking.provenance import Tree
+from stages.tracking.provenance import Tree, here
 from stages.tracking.runs import claim, known_steps, log_previews, log_steps, pulse
 
 if TYPE_CHECKING:
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
 
 
 class Followed(Failing):
-    """Tells MLflow of a training from a thread of its own: it neither fails nor stalls it. What it could not say, sync says."""
+    """Tells MLflow of a training from a thread of its own: it neither fails nor stalls it. What it could not say, sync says.
 
-    def __init__(self, stage: str, cell: Cell) -> None:
-        super().__init__(stage, cell)
-        self._cell, self._reports = cell, queue.Queue[_Report | str](maxsize=100)
+    A network serves the cells of every T, so the run of each of them hears of it.
+    """
+
+    def __init__(self, stage: str, cells: Sequence[Cell]) -> None:
+        super().__init__(stage, cells)
+        self._reports = queue.Queue[_Report | str](maxsize=100)
         self._ready, self._thread = threading.Event(), threading.Thread(target=self._work, daemon=True)
         self._watch = Watch(store.uri())
 
@@ -55,34 +59,39 @@ class Followed(Failing):
 
     def _work(self) -> None:
         def work(client: "MlflowClient", experiment: str) -> str:
-            run = claim(client, experiment, Tree.read(), self._cell)
-            client.update_run(run.info.run_id, "RUNNING")
-            opened.append((store.watched(client, self._watch), run))
-            return f"following {self._cell}"
+            tree, machines = Tree.read(), here()
+            runs = [claim(client, experiment, tree, cell, machines) for cell in self.cells]
+            for run in runs:
+                client.update_run(run.info.run_id, "RUNNING")
+            self.run_ids = [run.info.run_id for run in runs]
+            opened.append((store.watched(client, self._watch), runs))
+            return f"following {', '.join(map(str, self.cells))}"
 
-        opened: list[tuple[MlflowClient, Run]] = []
+        opened: list[tuple[MlflowClient, list[Run]]] = []
         try:
             with_store(work)
         finally:
             self._ready.set()
-        for client, run in opened:
-            self.run_id = run.info.run_id
+        for client, runs in opened:
             try:
-                self._follow(client, run)
+                self._follow(client, runs)
             except Exception as error:  # a training goes on, whatever it is
                 if not self._watch.given_up:  # else it is told already
                     tell(error)
 
-    def _follow(self, client: "MlflowClient", run: "Run") -> None:
-        run_id = run.info.run_id
-        with FileLock(pulse(run_id)):
-            known = known_steps(client, run_id)
+    def _follow(self, client: "MlflowClient", runs: "list[Run]") -> None:
+        with contextlib.ExitStack() as pulses:
+            for run in runs:
+                pulses.enter_context(FileLock(pulse(run.info.run_id)))
+            known = [known_steps(client, run.info.run_id) for run in runs]
             while isinstance(report := self._reports.get(), _Report):
-                log_steps(client, run, [report.metrics], known)
-                log_previews(client, run_id, {int(report.preview.stem): report.preview.read_bytes()})
-                client.set_tag(run_id, "progress", report.progress)
-            client.set_tag(run_id, "progress", "trained" if report == "FINISHED" else "stopped")
-            client.set_terminated(run_id, report)
+                for run, steps in zip(runs, known, strict=True):
+                    log_steps(client, run, [report.metrics], steps)
+                    log_previews(client, run.info.run_id, {int(report.preview.stem): report.preview.read_bytes()})
+                    client.set_tag(run.info.run_id, "progress", report.progress)
+            for run in runs:
+                client.set_tag(run.info.run_id, "progress", "trained" if report == "FINISHED" else "stopped")
+                client.set_terminated(run.info.run_id, report)
 
 
 class _Report(NamedTuple):

@@ -3,7 +3,7 @@
 import itertools
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from stages.errors import UserError, masked
@@ -12,7 +12,7 @@ from stages.pipeline.params import Cell
 from stages.pipeline.stage import Listener
 from stages.tracking import mlflow_forms, patience, store
 from stages.tracking.patience import Watch
-from stages.tracking.provenance import Tree
+from stages.tracking.provenance import Tree, here
 from stages.tracking.runs import SECTIONS, claim, end_the_dead, read_record, runs_by_cell, write_origins, write_run
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ _trouble: str | None = None
 
 
 class Failing(Listener):
-    """Marks the run of a cell as failed when its stage fails."""
+    """Marks the runs of its cells as failed when a stage fails."""
 
-    run_id: str | None = None  # of the run that this process follows; its key is that of when it began
+    run_ids: Sequence[str] = ()  # of the runs that this process follows; their keys are those of when it began
 
     def end(self, error: BaseException | None) -> None:
         """Say why it failed; nothing where it was told to stop, or where its inputs changed: then the run would be another's."""
-        if self.cell and isinstance(error, Exception) and not inputs.STARTED.changed():
+        if self.cells and isinstance(error, Exception) and not inputs.STARTED.changed():
             reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-            fail(self.cell, masked(f"{self.stage}: {reason}"), self.run_id)
+            fail(self.cells, masked(f"{self.stage}: {reason}"), self.run_ids)
 
 
 class Scored(Failing):
@@ -40,8 +40,8 @@ class Scored(Failing):
     def end(self, error: BaseException | None) -> None:
         """Publish it, or say why it failed."""
         super().end(error)
-        if self.cell and error is None:
-            publish(self.cell)
+        for cell in self.cells if error is None else ():
+            publish(cell)
 
 
 class Compared(Listener):
@@ -66,20 +66,22 @@ def publish(cell: Cell) -> None:
             why = "params.yaml, the code or the data changed since it was trained"
             print(f"MLflow: {cell} not recorded yet: {why}; `make repro` brings it up to date", file=sys.stderr, flush=True)
             return None
-        write_run(client, read_record(tree, cell), claim(client, experiment, tree, cell))
+        record = read_record(tree, cell, fresh="evaluate")
+        write_run(client, record, claim(client, experiment, tree, cell, record.machines))
         return f"recorded {cell}"
 
     with_store(work)
 
 
-def fail(cell: Cell, error: str, followed: str | None = None) -> None:
-    """Mark the run of a cell as failed, with the error: the one that was followed, else the one of what is here now."""
+def fail(cells: Sequence[Cell], error: str, followed: Sequence[str] = ()) -> None:
+    """Mark the runs of cells as failed, with the error: those that were followed, else those of what is here now."""
 
     def work(client: "MlflowClient", experiment: str) -> str:
-        run_id = followed or claim(client, experiment, Tree.read(), cell).info.run_id
-        client.set_tag(run_id, "error", error[-5000:])
-        client.set_terminated(run_id, "FAILED")
-        return f"recorded that {cell} failed"
+        tree = Tree.read()
+        for run_id in followed or [claim(client, experiment, tree, cell, here()).info.run_id for cell in cells]:
+            client.set_tag(run_id, "error", error[-5000:])
+            client.set_terminated(run_id, "FAILED")
+        return f"recorded that {', '.join(map(str, cells))} failed"
 
     with_store(work)
 
@@ -94,8 +96,9 @@ def sync(*, asked: bool = False) -> bool:
         tree, runs = Tree.read(), runs_by_cell(client, experiment)
         cells = list(tree.params.sweep.cells())
         finished = [cell for cell in cells if tree.is_recorded(cell)]
-        claimed = [(cell, claim(client, experiment, tree, cell, runs.get(str(cell), []))) for cell in finished]
-        written = [write_run(client, read_record(tree, cell), run) for cell, run in claimed]
+        records = [read_record(tree, cell) for cell in finished]
+        claimed = [claim(client, experiment, tree, it.cell, it.machines, runs.get(str(it.cell), [])) for it in records]
+        written = [write_run(client, record, run) for record, run in zip(records, claimed, strict=True)]
         end_the_dead(client, itertools.chain(*runs.values()))
         write_origins(client, experiment)
         _offer_view(client, experiment, tree.params)

@@ -10,6 +10,17 @@ from stages.pipeline import dvc_forms, params, paths
 from stages.pipeline.files import content_hash
 from stages.pipeline.params import Cell
 
+Machines = dict[str, list[dict[str, str]]]
+"""Of each stage whose bits they decide, `checkpoint.machine()` of the machines that took part: train, sample, evaluate."""
+
+
+def here() -> Machines:
+    """The machines of a cell that is made on this one alone."""
+    from stages.pipeline import checkpoint  # it imports torch
+
+    machine = checkpoint.machine()
+    return {stage: [machine] for stage in ("train", "sample", "evaluate")}
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -28,21 +39,24 @@ class Tree:
         stages = {name: stage for name, stage in dvc_forms.stages().items() if "matrix" in stage}
         return cls(stages, dvc_forms.read_lock(), params.load())
 
-    def key(self, cell: Cell) -> str:
+    def key(self, cell: Cell, machines: Machines) -> str:
         """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
 
-        It covers the cell, the parameters and the code of every stage that leads to its scores, and the digest of the raw data;
-        never an output, nor line endings, nor a schedule or sampler that it does not use. Raises UserError when DVC did not fetch
-        the raw data.
+        It covers the cell, the parameters and the code of every stage that leads to its scores, the digest of the raw data, and
+        what machines made it; never an output, nor line endings, nor a schedule or sampler that it does not use. Raises UserError
+        when DVC did not fetch the raw data.
+
+        Args:
+            machines: as the cell's scores tell them, or `here()` where it is not made yet.
         """
         values = self.params.model_dump()
-        deps = {dep for stage in self.stages.values() for dep in paths.deps(stage, str(cell), values)}
+        deps = {dep for stage in self.stages.values() for dep in paths.deps(stage, paths.item_of(stage, str(cell)), values)}
         others = {f"stages/diffusion/schedules/{name}.py" for name in by_name.names("schedules") if name != cell.schedule}
         code = {dep for dep in deps - others if dep.endswith(".py")}  # prepare reads others, for a picture alone
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self._chain(cell)
         decisive = {name: value for name, value in flat.items() if not _decides_no_pixel(name)}
-        return content_hash([decisive, text, self.raw_digest(cell.dataset)])[:32]
+        return content_hash([decisive, text, self.raw_digest(cell.dataset), machines])[:32]
 
     def raw_digest(self, dataset: str) -> str:
         """MD5 that DVC gave the raw data of a dataset."""
@@ -62,7 +76,7 @@ class Tree:
         flat: dict[str, Any] = {"dataset": cell.dataset, "schedule": cell.schedule, "T": cell.T, "seed": cell.seed}
         seen = self.params.model_copy(update={"train": self.params.train.of(cell.dataset)})
         for stage in self.stages.values():
-            for name, value in dvc_forms.params_of(stage, cell, seen).items():
+            for name, value in dvc_forms.params_of(stage, paths.item_of(stage, str(cell)), seen).items():
                 flat |= _flatten(name, value)
         return flat
 

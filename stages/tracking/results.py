@@ -1,17 +1,17 @@
-"""What the files say of a cell: one flat row of numbers, the loss curve, and the table of a sweep."""
+"""What the files say of a cell: one flat row of numbers, the loss curve, what clocks said, and the table of a sweep."""
 
 import csv
-import functools
 import io
 import math
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 from stages.errors import UserError, damaged, sound
-from stages.pipeline import paths
+from stages.pipeline import clocks as timed
+from stages.pipeline import dvc_forms, paths
 from stages.pipeline.files import read_json
 from stages.pipeline.params import Cell
+from stages.tracking.provenance import Machines, Tree
 
 IDENTITY = ("cell", "dataset", "schedule", "T", "seed", "network")
 CLOCKED = ("train", "sample", "evaluate")
@@ -33,11 +33,11 @@ _LEGEND = """\
 FID of the fast set and its error (about twice too wide; it says nothing of another training). floor:
 FID of as many real training images. acc: share of samples recognised as the requested class; sure: share
 that the classifier gives any class with at least 0.9 probability. bits/dim: variational bound.
-train: seconds; fast, all T: seconds per image with few steps and with all T."""
+train: seconds; fast, all T: seconds per image with few steps and with all T; -: not measured here."""
 
 
 def row(cell: Cell) -> dict[str, Any]:
-    """Everything measured of a cell, flat: scores under their names, clock readings as `STAGE_NAME`.
+    """Everything measured of a cell but what a clock says, flat: scores under their names.
 
     A score `{value, error, floor}` becomes `name`, `name_error`, `name_floor`; those of the ancestral set start with
     `ancestral_`; losses on the log-SNR grid are `name_at_LOGSNR`. Raises UserError when the cell is not evaluated yet.
@@ -57,19 +57,42 @@ def _flat(cell: Cell, scores: dict[str, Any]) -> dict[str, Any]:
     for point in scores["logsnr_grid"]:
         flat |= {f"{key}_at_{point['logsnr']:g}": value["value"] for key, value in point.items() if key != "logsnr"}
     flat["train_images"] = scores["over_training"][-1]["trained_images"]
-    for stage in CLOCKED:
-        flat |= _numbers(f"{stage}_", timing(stage, str(cell)))
     for kind in ("fast", "ancestral"):
-        if rate := flat.get(f"sample_{kind}_images_per_sec"):
-            flat[f"{kind}_seconds_per_image"] = 1 / rate
+        flat[f"{kind}_evaluations"] = scores[kind]["sampling"]["network_evaluations"]
     return flat
 
 
+def machines(cell: Cell) -> Machines:
+    """What machines made a cell, by its scores."""
+    path = paths.scores("evaluate", str(cell))
+    with sound(path):
+        return dict(read_json(path)["machines"])
+
+
+def clocks(tree: Tree, cell: Cell, *, fresh: str = "") -> tuple[dict[str, float], list[dict[str, float]]]:
+    """What was measured with a clock when the files of a cell were made, where that was here: as `STAGE_NAME`; and by step.
+
+    `fresh`: a stage that ended just now, so that dvc.lock does not know it yet.
+    """
+    flat: dict[str, float] = {}
+    by_step: list[dict[str, float]] = []
+    for stage in CLOCKED:
+        item = paths.item_of(tree.stages[stage], str(cell))
+        entry = timed.now(stage, item) if stage == fresh else dvc_forms.recorded(tree.lock, f"{stage}@{item}")
+        found = timed.read(stage, item, entry)
+        flat |= _numbers(f"{stage}_", found)
+        by_step += [_numbers("", point) for point in found.get("by_step", [])]
+    for kind in ("fast", "ancestral"):
+        if rate := flat.get(f"sample_{kind}_images_per_sec"):
+            flat[f"{kind}_seconds_per_image"] = 1 / rate
+    return flat, by_step
+
+
 def loss_curve(cell: Cell) -> list[dict[str, float]]:
-    """The rows of a cell's loss curve; a value that was not measured in a row is left out of it."""
-    path = paths.loss_curve(str(cell))
+    """The rows of the loss curve of a cell's network; a value that was not measured in a row is left out of it."""
+    path = paths.loss_curve(str(cell.training))
     if not path.exists():
-        raise UserError(f"cell {cell} has no {path}; `dvc repro train@{cell}` makes it")
+        raise UserError(f"cell {cell} has no {path}; `dvc repro train@{cell.training}` makes it")
     try:
         text = path.read_text(encoding="utf-8")
         rows = list(csv.DictReader(io.StringIO(text), strict=True))
@@ -90,32 +113,6 @@ def over_training(cell: Cell) -> list[dict[str, float]]:
         points = read_json(path)["over_training"]
         found = [{"images": point["trained_images"]} | _numbers("snapshot_", point) for point in points]
     return [{name: value for name, value in row.items() if name.startswith(("images", *OVER_TRAINING))} for row in found]
-
-
-def clocked_by_step(cell: Cell) -> list[dict[str, float]]:
-    """What training measured with a clock at each report; nothing where it was not recorded."""
-    return [_numbers("", point) for point in timing("train", str(cell)).get("by_step", [])]
-
-
-def timing(stage: str, name: str) -> dict[str, Any]:
-    """What a stage measured with a clock; nothing where it was not recorded. No result needs it: damage to it is told, no error."""
-    path = paths.timing(stage, name)
-    try:
-        found = dict(read_json(path)) if path.exists() else {}
-        with sound(path):
-            numbers = [found.get("seconds", 0), *(dict(point)["step"] for point in found.get("by_step", []))]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise damaged(path, "it is no record of a stage")
-        return found
-    except UserError as error:
-        _tell(str(error))
-        return {}
-
-
-@functools.cache
-def _tell(line: str) -> None:
-    """Print a line on stderr, once."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

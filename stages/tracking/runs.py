@@ -22,7 +22,7 @@ from stages.pipeline.dvc_forms import workspace
 from stages.pipeline.files import content_hash, md5
 from stages.pipeline.params import Cell
 from stages.tracking import git, mlflow_forms, results, store
-from stages.tracking.provenance import Tree
+from stages.tracking.provenance import Machines, Tree
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,29 +48,38 @@ class Record:
     """A cell as its files tell it: what its run is to hold."""
 
     cell: Cell
+    machines: Machines
     raw_digest: str
     numbers: dict[str, float]
     by_step: list[dict[str, float]]
+    clocks: dict[str, float]
+    clocks_by_step: list[dict[str, float]]
     files: list[tuple[Path, str]]  # with the folder among the run's artifacts
     previews: Path  # archive of PNGs, by report
 
     def fingerprint(self) -> str:
-        """A hash of all of it."""
+        """A hash of all of it but the clocks, which not every clone knows."""
         files = [*self.files, (self.previews, "")]
         return content_hash([self.raw_digest, self.numbers, self.by_step, [(md5(path), to) for path, to in files]])
 
 
-def read_record(tree: Tree, cell: Cell) -> Record:
-    """What a cell's files say now. Raises UserError where one is missing or damaged."""
-    drawn, previews = paths.samples(str(cell)), paths.weights(str(cell)) / "previews.zip"
+def read_record(tree: Tree, cell: Cell, *, fresh: str = "") -> Record:
+    """What a cell's files say now. Raises UserError where one is missing or damaged.
+
+    `fresh`: a stage that ended just now, so that dvc.lock does not know it yet.
+    """
+    drawn, previews = paths.samples(str(cell)), paths.weights(str(cell.training)) / "previews.zip"
     files = [(drawn / name, "samples") for name in ("grid.png", "chain.png", "denoising.gif")]
     files += [(path, "data") for path in sorted(paths.data_figures(cell.dataset).glob("*.png"))]
     files += [(paths.prepared(cell.dataset) / "dataset.json", "data")]
-    numbers = {name: value for name, value in results.row(cell).items() if name not in results.IDENTITY}
+    row = results.row(cell)
+    numbers = {name: value for name, value in row.items() if name not in results.IDENTITY}
+    clocks, clocks_by_step = results.clocks(tree, cell, fresh=fresh)
     batch = tree.params.train.batch
     scored = [{"step": row["images"] // batch, **row} for row in results.over_training(cell)]
-    by_step = [*results.loss_curve(cell), *scored, *results.clocked_by_step(cell)]
-    return Record(cell, tree.raw_digest(cell.dataset), numbers, by_step, files, previews)
+    by_step = [*results.loss_curve(cell), *scored]
+    raw = tree.raw_digest(cell.dataset)
+    return Record(cell, results.machines(cell), raw, numbers, by_step, clocks, clocks_by_step, files, previews)
 
 
 def runs_by_cell(client: "MlflowClient", experiment: str) -> dict[str, list["Run"]]:
@@ -86,16 +95,19 @@ def runs_by_cell(client: "MlflowClient", experiment: str) -> dict[str, list["Run
     return runs
 
 
-def claim(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell, runs: list["Run"] | None = None) -> "Run":
-    """The run of what the tree makes of a cell, made where it is missing: the only one of the cell that is current."""
+def claim(
+    client: "MlflowClient", experiment: str, tree: Tree, cell: Cell, machines: Machines, runs: list["Run"] | None = None
+) -> "Run":
+    """The run of what the tree makes of a cell on such machines, made where it is missing: the only one of it that is current."""
     if runs is None:
         runs = list(client.search_runs([experiment], f"tags.`naqsh.cell` = '{cell}'"))
-    key = tree.key(cell)
+    key = tree.key(cell, machines)
     for run in runs:
         current = "true" if run.data.tags.get("naqsh.key") == key else "false"
         if run.data.tags.get("current") != current:
             client.set_tag(run.info.run_id, "current", current)
-    return next((run for run in runs if run.data.tags.get("naqsh.key") == key), None) or _create(client, experiment, tree, cell)
+    known = next((run for run in runs if run.data.tags.get("naqsh.key") == key), None)
+    return known or _create(client, experiment, tree, cell, machines)
 
 
 def write_run(client: "MlflowClient", record: Record, run: "Run") -> bool:
@@ -106,11 +118,12 @@ def write_run(client: "MlflowClient", record: Record, run: "Run") -> bool:
     tags = {"current": "true", "progress": "complete", "naqsh.scores": scores, "naqsh.fingerprint": record.fingerprint()}
     run_id = run.info.run_id
     whole = run.data.tags.get("naqsh.fingerprint") == tags["naqsh.fingerprint"] and _holds_files(client, run_id, record)
+    whole = whole and {_in_section(name) for name in record.clocks} <= run.data.metrics.keys()
     if whole and run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
         return False
     if not whole:
-        _log_numbers(client, run, record.numbers)
-        log_steps(client, run, record.by_step, known_steps(client, run_id))
+        _log_numbers(client, run, record.numbers | record.clocks)
+        log_steps(client, run, [*record.by_step, *record.clocks_by_step], known_steps(client, run_id))
         log_previews(client, run_id, _packed(record.previews))
         _write_files(client, run_id, record)
     if "error" in run.data.tags:
@@ -146,19 +159,20 @@ def write_origins(client: "MlflowClient", experiment: str) -> None:
             client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _create(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell) -> "Run":
+def _create(client: "MlflowClient", experiment: str, tree: Tree, cell: Cell, machines: Machines) -> "Run":
     """A run that knows what it is of, and the code and the parameters that make it."""
     from mlflow.entities import Param
 
     commit, patch, dirty = git.commit(), git.uncommitted(), git.dirty()
-    tags = {"naqsh.key": tree.key(cell), "naqsh.cell": str(cell), store.WORKSPACE: store.here(), "dirty": dirty}
+    tags = {"naqsh.key": tree.key(cell, machines), "naqsh.cell": str(cell), store.WORKSPACE: store.here(), "dirty": dirty}
     tags |= {"dataset": cell.dataset, "schedule": cell.schedule, "T": str(cell.T), "seed": str(cell.seed), "current": "true"}
     tags |= {"commit": commit, "mlflow.source.git.commit": commit} if commit else {}
     tags |= {"mlflow.runColor": mlflow_forms.color(cell, tree.params.sweep)}
     if experiment_name := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = experiment_name
     if shorter := tree.without_last_phase():
-        tags["continues"] = shorter.key(cell)
+        tags["continues"] = shorter.key(cell, machines)
+    tags |= {"processor": ", ".join({machine["processor"]: "" for stage in machines.values() for machine in stage})}
     run = client.create_run(experiment, start_time=_now(), tags=tags, run_name=str(cell))
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in tree.chain_params(cell).items()])
     if patch:

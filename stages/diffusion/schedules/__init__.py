@@ -1,6 +1,7 @@
 """Noise schedules: how much signal is left after each of T steps. A file each, found by its name; here is what they share.
 
 The file NAME.py defines `alpha_bar(T)`, (T,) float64, falling, in (0, 1). No torch, so that params can check a sweep quickly.
+A schedule whose noise levels are others at every T, also defines TRAINED_AT, the T whose levels its networks learn.
 """
 
 import math
@@ -13,8 +14,8 @@ from stages.diffusion import by_name
 
 Alphas = NDArray[np.float64]
 
-SHARED_LEVELS = ("cosine", 2**16)
-"""Formula and T of the levels of a network that all schedules share: so close that those of every schedule lie among them."""
+CONTINUOUS = 2**16
+"""T of levels so close that those of every T lie among them: as good as continuous, and exact on every machine."""
 
 
 def names() -> list[str]:
@@ -34,8 +35,17 @@ def noise_levels(name: str, T: int, *, size: int, reference_size: int | None, ze
 
 
 def shared_levels(*, size: int, reference_size: int | None, zero_terminal_snr: bool = False) -> Alphas:
-    """The same of SHARED_LEVELS, whatever schedules there are."""
-    return _of_size(of_signal(squared_cosine(SHARED_LEVELS[1])), size, reference_size, zero_terminal_snr)
+    """The continuous levels of a squared cosine, which a network learns that all schedules share, whatever schedules there are."""
+    return _of_size(of_signal(squared_cosine(CONTINUOUS)), size, reference_size, zero_terminal_snr)
+
+
+def trained_at(name: str, timesteps: int | None) -> int:
+    """T of the noise levels that a network of a schedule learns: `timesteps` where it is given, else as good as continuous.
+
+    A network that learnt continuous levels serves every T: those of T = 200 and of T = 1000 differ in how often they visit a
+    log-SNR by a total variation of 0.02.
+    """
+    return timesteps or by_name.constant("schedules", name, "TRAINED_AT") or CONTINUOUS
 
 
 def _of_size(alpha_bar: Alphas, size: int, reference_size: int | None, zero_terminal_snr: bool) -> Alphas:

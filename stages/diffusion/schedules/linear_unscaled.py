@@ -4,6 +4,8 @@ import numpy as np
 
 from stages.diffusion.schedules import Alphas, check, of_betas
 
+TRAINED_AT = 1000  # as in the paper
+
 
 def alpha_bar(T: int) -> Alphas:
     """alpha_bar, (T,) float64, of betas from 1e-4 to 0.02 whatever T: the negative control.

@@ -22,7 +22,9 @@ from stages.pipeline.params.schema import (
     Section,
     Sweep,
     Train,
+    Training,
     find_cell,
+    find_training,
     parts,
 )
 from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml
@@ -50,7 +52,9 @@ __all__ = [
     "Section",
     "Sweep",
     "Train",
+    "Training",
     "find_cell",
+    "find_training",
     "load",
     "merged",
     "parse_yaml",

@@ -1,9 +1,9 @@
 """What params.yaml may hold: every value frozen, typed and checked, no default in Python."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -100,6 +100,11 @@ class Sweep(Section):
         """The cells, in DVC's order."""
         for values in itertools.product(self.datasets, self.schedules, self.timesteps, self.seeds):
             yield Cell(*values)
+
+    def trainings(self) -> Iterator["Training"]:
+        """The trainings, in DVC's order."""
+        for values in itertools.product(self.datasets, self.schedules, self.seeds):
+            yield Training(*values)
 
 
 class MnistData(Section):
@@ -242,6 +247,8 @@ class Train(Section):
     """
 
     shared: bool
+    timesteps: Annotated[int, Field(ge=2, le=100_000)] | None
+    threads: Annotated[int, Field(ge=1, le=1024)]
     images: Phases
     longer: dict[DatasetName, Count]
     batch: Count
@@ -387,17 +394,22 @@ class Params(Section):
                     f"diffusion.zero_terminal_snr = True cannot go with sample.fast.sampler = {fast.sampler!r} and "
                     f"sample.fast.spacing = {fast.spacing!r}: sigma is infinite there; use another sampler, spacing: trailing"
                 )
-            if min(self.sweep.timesteps) < 2:
-                raise ValueError("diffusion.zero_terminal_snr = True needs sweep.timesteps of at least 2")
+            if self.train.shared or not self.train.timesteps:
+                raise ValueError(
+                    "diffusion.zero_terminal_snr = True needs train.shared: false and train.timesteps, 1000 say: among continuous "
+                    "noise levels a network would hardly ever see a zero SNR"
+                )
         return self
 
     @model_validator(mode="after")
-    def _shared_network_knows_the_ends(self) -> "Params":
-        if self.train.shared and self.diffusion.zero_terminal_snr:
+    def _levels_are_one_kind(self) -> "Params":
+        if self.train.shared and self.train.timesteps:
             raise ValueError(
-                "train.shared = True cannot go with diffusion.zero_terminal_snr = True: a zero SNR is one of 65,536 levels "
-                "that a shared network learns, and it would hardly see it; set train.shared: false"
+                f"train.timesteps = {self.train.timesteps} cannot go with train.shared = True, whose network learns every noise "
+                "level; set train.timesteps: null"
             )
+        for name in self.sweep.schedules if self.train.timesteps else ():
+            schedules.find(name)(self.train.timesteps or 0)
         return self
 
     @model_validator(mode="after")
@@ -431,14 +443,43 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.dataset}-{self.schedule}-{self.T}-{self.seed}"
 
+    @property
+    def training(self) -> "Training":
+        """Where its network comes from."""
+        return Training(self.dataset, self.schedule, self.seed)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One network of the sweep: it serves the cells of every T. Its name is DVC's matrix key."""
+
+    dataset: str
+    schedule: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}-{self.schedule}-{self.seed}"
+
 
 def find_cell(params: Params, name: str) -> Cell:
     """The cell of that name. Raises UserError when the sweep has none."""
-    cells = {str(cell): cell for cell in params.sweep.cells()}
-    if name not in cells:
-        more = f" and {len(cells) - MOST_NAMES} more" * (len(cells) > MOST_NAMES)
-        raise UserError(f"params.yaml: the sweep has no cell {short(name)}; it has: {', '.join(list(cells)[:MOST_NAMES])}{more}")
-    return cells[name]
+    return _find("cell", params.sweep.cells(), name)
+
+
+def find_training(params: Params, name: str) -> Training:
+    """The training of that name. Raises UserError when the sweep has none."""
+    return _find("network", params.sweep.trainings(), name)
+
+
+Item = TypeVar("Item", Cell, Training)
+
+
+def _find(what: str, items: Iterable[Item], name: str) -> Item:
+    found = {str(item): item for item in items}
+    if name not in found:
+        more = f" and {len(found) - MOST_NAMES} more" * (len(found) > MOST_NAMES)
+        raise UserError(f"params.yaml: the sweep has no {what} {short(name)}; it has: {', '.join(list(found)[:MOST_NAMES])}{more}")
+    return found[name]
 
 
 def section_at(loc: tuple[Any, ...]) -> Any:
