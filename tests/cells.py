@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.pipeline import dvc_forms, grids, paths
+from stages.pipeline import clocks, dvc_forms, grids, paths
 from stages.pipeline.files import md5, write_archive
 from stages.pipeline.params import Cell
 from stages.tracking import mirror, provenance
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[1]
-CELL, OTHER = Cell("mnist", "cosine", 200, 0), Cell("mnist", "linear", 200, 0)
+CELL, OTHER = Cell("mnist", "cosine", 100, 0), Cell("mnist", "linear", 100, 0)
 
 
 def record(cell: Cell, *, last: str) -> None:
@@ -29,14 +29,14 @@ def record(cell: Cell, *, last: str) -> None:
     tree = provenance.Tree.read()
     values = tree.params.model_dump()
     for name, stage in tree.stages.items():
-        outs = paths.outs(stage)
-        entry = {"cmd": "", "deps": [], "params": {"params.yaml": dvc_forms.params_of(stage, cell, tree.params)}, "outs": []}
-        for path in paths.deps(stage, str(cell), values):
+        item = paths.item_of(stage, str(cell))
+        entry = {"cmd": "", "deps": [], "params": {"params.yaml": dvc_forms.params_of(stage, item, tree.params)}, "outs": []}
+        for path in paths.deps(stage, item, values):
             entry["deps"].append({"path": path, "md5": made.get(path) or md5(Path(path))})
-        for path in (paths.of_item(out, str(cell)) for out in outs):
+        for path in (paths.of_item(out, item) for out in paths.outs(stage)):
             made[path] = md5(Path(path)) or "0" * 32 + ".dir"
             entry["outs"].append({"path": path, "md5": made[path]})
-        entries[f"{name}@{cell if 'schedule' in stage['matrix'] else cell.dataset}"] = entry
+        entries[f"{name}@{item}"] = entry
         if name == last:
             break
     dump_yaml("dvc.lock", {"schema": "2.0", "stages": entries})
@@ -47,7 +47,7 @@ def make_previews(cell: Cell, *reports: int) -> None:
     folder = Path(".previews")
     for report in reports:
         grids.save_png(folder / f"{report:08d}.png", np.zeros((4, 4), np.uint8))
-    write_archive(paths.weights(str(cell)) / "previews.zip", folder)
+    write_archive(paths.weights(str(cell.training)) / "previews.zip", folder)
 
 
 def publish(cell: Cell) -> None:
@@ -59,7 +59,7 @@ def publish(cell: Cell) -> None:
 @contextlib.contextmanager
 def followed(cell: Cell) -> Iterator[Followed]:
     """Who tells MLflow of a training, for as long as the block lasts."""
-    live = Followed("train", cell)
+    live = Followed("train", [cell])
     live.start()
     try:
         yield live
@@ -72,15 +72,23 @@ def followed(cell: Cell) -> Iterator[Followed]:
 def make_files(cell: Cell, fid: float = 20.0) -> None:
     score = {"value": fid, "error": 0.5, "floor": 11.8}
     grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
-    scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
+    scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25, "network_evaluations": 40}}}
+    scores["ancestral"] = {"images": 64, "scored": False, "sampling": {"network_evaluations": 300}}
+    scores["machines"] = provenance.here()
     scores["over_training"] = [{"trained_images": 128, "fid": score}]
     write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
-    write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
-    write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
+    write(paths.loss_curve(str(cell.training)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
     write(paths.prepared(cell.dataset) / "dataset.json", "{}")
     for name in ("grid.png", "chain.png"):
         grids.save_png(paths.samples(str(cell)) / name, np.zeros((4, 4), np.uint8))
     write(paths.samples(str(cell)) / "denoising.gif", "")
+
+
+def write_clocks(stage: str, cell: Cell, **measured: object) -> None:
+    """What a stage of a cell measured with a clock; under the inputs that dvc.lock records, or those that are here now."""
+    item = paths.item_of(dvc_forms.stages()[stage], str(cell))
+    entry = dvc_forms.recorded(dvc_forms.read_lock(), f"{stage}@{item}") or clocks.now(stage, item)
+    write(clocks.path_of(stage, item, entry), json.dumps(measured))
 
 
 def write(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from stages.diffusion import by_name
 from stages.pipeline import params, paths
+from stages.pipeline.stage import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 KNOWS = {  # which rooms a room imports, beside itself; "" are the stages
@@ -37,6 +38,7 @@ CHOICES = {  # what stands for a choice in dvc.yaml: the names that may be chose
     "${sample.fast.sampler}": by_name.names("samplers"),
     "${sample.ancestral.sampler}": ["ddpm"],
 }
+NETWORK = "${item.dataset}-${item.schedule}-${item.seed}"  # the key of `train`, as a cell names it
 NAMED = [path for path in SOURCES if re.fullmatch(r"stages/diffusion/(schedules|samplers)/[^_]\w*\.py", path)]
 # What decides results, though it lies among the plumbing: how images are laid out, how plots are drawn, what a row holds.
 DECIDING = {"stages/pipeline/grids.py", "stages/pipeline/figures.py", "stages/tracking/results.py"}
@@ -265,7 +267,7 @@ def test_a_schedule_or_a_sampler_is_one_public_function(path: str) -> None:
 def test_choices_are_what_the_parameters_allow() -> None:
     assert params.AncestralSampler.model_fields["sampler"].annotation == Literal["ddpm"]
     found = {match for stage in GRAPH.values() for dep in stage["deps"] for match in re.findall(r"\$\{[^}]*\}", dep)}
-    assert found == {*CHOICES, "${item.dataset}", "${key}"}
+    assert found == {*CHOICES, "${item.dataset}", "${item.seed}", "${key}"}
     assert len(NAMED) == len(by_name.names("schedules")) + len(by_name.names("samplers"))
 
 
@@ -299,7 +301,7 @@ def test_closure_follows_science_but_not_plumbing() -> None:
 def declared(source: str) -> set[str]:
     """The entries of `params:` that a stage's main asks for, by the names of its arguments; `runtime` cannot change a result."""
     main = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    names = [argument.arg for argument in main.args.args if argument.arg not in ("dataset", "cell", "runtime", "listener")]
+    names = [argument.arg for argument in main.args.args if argument.arg not in (*SUBJECTS, "runtime", "listener")]
     return {"data.${item.dataset}" if name == "data" else name.replace("__", ".") for name in names}
 
 
@@ -338,7 +340,7 @@ def promised(stage: str) -> set[str]:
         ),
         "evaluate": {str(paths.scores(stage, name))},
     }
-    return made[stage] | {str(paths.timing(stage, name))}
+    return made[stage]
 
 
 @pytest.mark.parametrize("stage", [stage for stage in GRAPH if stage != "compare"])
@@ -357,11 +359,11 @@ def test_every_out_is_a_file_and_no_command_holds_a_parameter() -> None:
 
 def test_data_deps_are_made_by_an_earlier_stage() -> None:
     made: set[str] = set()
-    for stage in GRAPH.values():
+    for name, stage in GRAPH.items():
         for dep in stage["deps"]:
             if not dep.endswith(".py"):
                 assert any(f"{dep}/".startswith(f"{out}/") or f"{out}/".startswith(f"{dep}/") for out in made), dep
-        made |= set(paths.outs(stage))
+        made |= {out.replace("${key}", NETWORK) if name == "train" else out for out in paths.outs(stage)}
 
 
 @pytest.mark.parametrize(

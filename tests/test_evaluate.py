@@ -18,13 +18,13 @@ from stages import evaluate, extractor, reference
 from stages.datasets.images import balanced_order, to_float
 from stages.diffusion.likelihood import step_kl
 from stages.diffusion.process import alpha_bar_of, logsnr
-from stages.diffusion.schedules import SHARED_LEVELS, find, noise_levels
+from stages.diffusion.schedules import find, noise_levels, shared_levels
 from stages.drawing.network import load_network
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError
 from stages.fidelity.rounding import rounded
 from stages.networks.unet import UNet
-from stages.pipeline import params, paths
+from stages.pipeline import checkpoint, params, paths
 from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.files import read_json
 
@@ -56,20 +56,26 @@ def save_network(cell: params.Cell, reference_size: int = SIZE, *, shared: bool 
         torch.manual_seed(0)
         net = UNet(size=SIZE, num_classes=CLASSES, **NETWORK.model_dump())
         nn.init.normal_(net.head.weight, std=0.1)  # it starts at zero, where every level would look alike
+    how = {"size": SIZE, "reference_size": reference_size}
+    alpha_bar = shared_levels(**how) if shared else noise_levels(cell.schedule, cell.T, **how)
     about = {
         "size": SIZE,
         "num_classes": CLASSES,
         "network": NETWORK.model_dump(),
         "diffusion": {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": False},
-        "levels": SHARED_LEVELS if shared else [cell.schedule, cell.T],
+        "logsnr": logsnr(torch.from_numpy(alpha_bar)[[-1, 0]]).tolist(),
         "train": {"shared": shared},
+        "machines": [checkpoint.machine()],
     }
-    save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
+    save_tensors(paths.weights(str(cell.training)) / "ema.safetensors", net.state_dict(), **about)
+
+
+MADE = {"network_evaluations": 5, "machine": checkpoint.machine(), "trained_on": [checkpoint.machine()]}
 
 
 def save_samples(cell: params.Cell) -> None:
     for name, n in (("fast", N), ("ancestral", 20)):
-        save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5)
+        save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5, **MADE)
     snapshots = {"images": torch.stack([bars(50, seed=5)["images"]] * 4), "labels": bars(50, seed=5)["labels"]}
     trained = torch.tensor([25, 50, 75, 100])
     save_tensors(paths.samples(str(cell)) / "snapshots.safetensors", {**snapshots, "trained_images": trained})
@@ -83,8 +89,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for split, drawn in (("train", bars(2 * N + 50, seed=0)), ("test", bars(120, seed=1))):
             save_tensors(paths.prepared("bars") / f"{split}.safetensors", drawn, class_names=["top", "middle", "bottom"])
-        extractor.main("bars", EXTRACTOR)
-        reference.main("bars", N, N // 4)
+        extractor.main("bars", EXTRACTOR, 1)
+        reference.main("bars", N, N // 4, 1)
         yield folder
 
 
@@ -98,8 +104,8 @@ def test_images_without_labels_are_told_apart_by_how_they_are_turned(tmp_path: P
         drawn = bars(n, seed=n)
         drawn["labels"] *= 0
         save_tensors(paths.prepared("flat") / f"{split}.safetensors", drawn, class_names=["unlabelled"])
-    extractor.main("flat", EXTRACTOR)
-    reference.main("flat", N, N // 4)
+    extractor.main("flat", EXTRACTOR, 1)
+    reference.main("flat", N, N // 4, 1)
     images = bars(N, seed=7)["images"]
     labels = torch.zeros(N, dtype=torch.int64)
     judge = evaluate.Judge.load("flat")
@@ -124,7 +130,7 @@ def test_extractor_learns_and_repeats_itself(tree: Path) -> None:
     assert scores["accuracy"]["value"] > 0.95
     assert scores["features"] == 128
     before = paths.extractor("bars").read_bytes()
-    extractor.main("bars", EXTRACTOR)
+    extractor.main("bars", EXTRACTOR, 1)
     assert paths.extractor("bars").read_bytes() == before
     assert read_json(paths.scores("extractor", "bars")) == scores
 
@@ -158,7 +164,7 @@ def test_every_stretch_of_the_balanced_order_holds_the_classes_at_their_frequenc
 
 def test_reference_refuses_more_images_than_there_are(tree: Path) -> None:
     with pytest.raises(UserError, match=r"sample.images = 451 must be at most 450"):
-        reference.main("bars", 451, 50)
+        reference.main("bars", 451, 50, 1)
 
 
 def test_real_images_score_near_the_floor_and_spoilt_ones_do_not(tree: Path) -> None:
@@ -303,7 +309,7 @@ def test_bound_estimated_by_draws_is_the_sum_over_every_t(tree: Path) -> None:
     save_network(cell)
     everything = EVALUATE.model_copy(update={"images": 120})
     few, many = (evaluate.measure_losses(cell, everything.model_copy(update={"draws": n}))["bits_of_steps"] for n in (4, 64))
-    net, _ = load_network(paths.weights(str(cell)) / "ema.safetensors")
+    net, _ = load_network(paths.weights(str(cell.training)) / "ema.safetensors")
     test, _ = load_tensors(paths.prepared("bars") / "test.safetensors")
     x0, rng = to_float(test["images"]), torch.Generator().manual_seed(1)
     table = torch.from_numpy(noise_levels("cosine", 20, size=SIZE, reference_size=SIZE, zero_terminal_snr=False))
@@ -323,17 +329,18 @@ def test_main_writes_whole_scores_to_the_same_bytes(tree: Path) -> None:
     save_samples(cell)
     written = []
     for _ in range(2):
-        evaluate.main(cell, EVALUATE)
+        evaluate.main(cell, EVALUATE, 1)
         written.append(paths.scores("evaluate", str(cell)).read_bytes())
     assert written[0] == written[1]
     scores = json.loads(written[0])
     bits = {"bits_per_dim", "bits_of_prior", "bits_of_steps", "bits_of_decoder"}
-    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid", "network", *bits}
+    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid", "network", "machines", *bits}
     assert scores["bits_per_dim"]["value"] == pytest.approx(sum(scores[name]["value"] for name in bits - {"bits_per_dim"}))
     assert [point["trained_images"] for point in scores["over_training"]] == [25, 50, 75, 100]
     floors = read_json(paths.scores("reference", "bars"))["sets"]["50"]
     assert all(point["fid"]["floor"] == floors["fid"]["value"] for point in scores["over_training"])
-    assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5}
+    assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5, **MADE}
+    assert scores["machines"] == {stage: [checkpoint.machine()] for stage in ("train", "sample", "evaluate")}
     assert scores["network"] == "own"
     assert scores["fast"]["scored"]
     assert not scores["ancestral"]["scored"]
@@ -362,8 +369,8 @@ from stages.pipeline import params
 from stages.tracking import results
 
 cell = params.Cell("bars", "cosine", 50, 0)
-reference.main("bars", N, N // 4)
-evaluate.main(cell, params.Evaluate(**EVALUATE))
+reference.main("bars", N, N // 4, 1)
+evaluate.main(cell, params.Evaluate(**EVALUATE), 1)
 print(json.dumps(results.row(cell)))
 """
 

@@ -38,9 +38,17 @@ def save_network(conditional, zero_terminal_snr=False, reference_size=8):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     diffusion = {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": zero_terminal_snr}
-    about = {"images": 64, "size": 8, "num_classes": 3, "network": network, "diffusion": diffusion}
+    about = {
+        "images": 64,
+        "logsnr": [-12.0, 12.0],
+        "machines": [checkpoint.machine()],
+        "size": 8,
+        "num_classes": 3,
+        "network": network,
+        "diffusion": diffusion,
+    }
     for name in ("ema-25", "ema-50", "ema-75", "ema"):
-        checkpoint.save_tensors(paths.weights(str(CELL)) / f"{name}.safetensors", net.state_dict(), **about)
+        checkpoint.save_tensors(paths.weights(str(CELL.training)) / f"{name}.safetensors", net.state_dict(), **about)
 
 
 def drawn(name):
@@ -109,7 +117,7 @@ def test_wider_images_are_drawn_and_guided_at_noisier_levels(options, monkeypatc
 
 
 def test_the_rate_is_that_of_all_cores_at_work(options):
-    chain = sample.chain_of(CELL, options, paths.weights(str(CELL)) / "ema.safetensors", [2, 1, 1])
+    chain = sample.chain_of(CELL, options, paths.weights(str(CELL.training)) / "ema.safetensors", [2, 1, 1])
     shares = {}
     for cores in (1, 2, 8):
         chain.cores = cores

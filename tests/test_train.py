@@ -23,7 +23,7 @@ from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 from stages.pipeline.stage import Listener
 
-CELL = params.Cell("toy", "cosine", 8, 3)
+NETWORK = params.Training("toy", "cosine", 3)
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,8 +37,8 @@ def sections(tmp_path, monkeypatch):
     checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", split, class_names=["a", "b"])
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
-        "shared": False, "images": 64, "longer": {}, "batch": 8, "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None,
-        "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
+        "shared": False, "timesteps": None, "threads": 1, "images": 64, "longer": {}, "batch": 8, "optimizer": "muon", "lr": 1e-3,
+        "halve_lr_every": None, "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
     return (
@@ -74,7 +74,7 @@ def killed_at(sections, monkeypatch):
         steps = []
         monkeypatch.setattr(train, "batch_of_step", batch_of_step)
         try:
-            train.main(CELL, *arguments)
+            train.main(NETWORK, *arguments)
         except Killed:
             pass
         finally:
@@ -85,7 +85,7 @@ def killed_at(sections, monkeypatch):
 
 
 def results():
-    return bits(paths.weights(str(CELL))), paths.loss_curve(str(CELL)).read_text()
+    return bits(paths.weights(str(NETWORK))), paths.loss_curve(str(NETWORK)).read_text()
 
 
 def bits(folder):
@@ -102,30 +102,32 @@ def differ(one, other):
 
 
 def test_writes_weights_snapshots_previews_and_the_curve(sections):
-    measured = train.main(CELL, *sections)
-    folder = paths.weights(str(CELL))
+    measured = train.main(NETWORK, *sections)
+    folder = paths.weights(str(NETWORK))
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")}
     weights = {f"{name}.safetensors" for name in ("ema-25", "ema-50", "ema-75", "ema", "raw")}
     assert names == weights | {"previews.zip"}
     with zipfile.ZipFile(folder / "previews.zip") as archive:
         assert archive.namelist() == [f"0000000{report}.png" for report in range(5)]
-    rows = list(csv.DictReader(paths.loss_curve(str(CELL)).open()))
+    rows = list(csv.DictReader(paths.loss_curve(str(NETWORK)).open()))
     assert [int(row["images"]) for row in rows] == [16, 32, 48, 64]
     assert all(0.1 < float(row["train_loss"]) < 3 for row in rows)
     assert measured["images_per_sec"] > 0
     assert [point["step"] for point in measured["by_step"]] == [2, 4, 6, 8]
     net, about = load_network(folder / "ema.safetensors")
-    assert about["levels"] == [CELL.schedule, CELL.T]
+    assert about["levels"] == NETWORK.schedule
+    assert about["logsnr"] == pytest.approx([-28.2, 14.3], abs=0.1)
+    assert about["machines"] == [checkpoint.machine()]
     assert about["diffusion"]["prediction"] == "v"
     assert not net.training
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(sections):
-    train.main(CELL, *sections)
-    first, learnt = bits(paths.weights(str(CELL))), learnt_weights(CELL)
-    train.main(CELL, *sections)
-    assert bits(paths.weights(str(CELL))) == first
-    other = params.Cell("toy", "cosine", 8, 4)
+    train.main(NETWORK, *sections)
+    first, learnt = bits(paths.weights(str(NETWORK))), learnt_weights(NETWORK)
+    train.main(NETWORK, *sections)
+    assert bits(paths.weights(str(NETWORK))) == first
+    other = params.Training("toy", "cosine", 4)
     train.main(other, *sections)
     assert differ(learnt_weights(other), learnt)
 
@@ -139,14 +141,14 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(sections, m
 
     monkeypatch.setattr(process, "target", broken)
     with pytest.raises(UserError, match=r"the loss became nan at step 2; a lower train.lr"):
-        train.main(CELL, *sections)
-    assert not paths.weights(str(CELL)).exists()
-    assert not paths.loss_curve(str(CELL)).exists()
+        train.main(NETWORK, *sections)
+    assert not paths.weights(str(NETWORK)).exists()
+    assert not paths.loss_curve(str(NETWORK)).exists()
     assert not list(checkpoint.workspace().glob(".state/checkpoints/*"))
 
 
 def test_a_listener_hears_of_every_report(sections):
-    train.main(CELL, *sections)
+    train.main(NETWORK, *sections)
     points = [call.args for call in sections[-1].point.call_args_list]
     assert [(metrics["step"], share) for metrics, _, share, _ in points] == [(2, 0.25), (4, 0.5), (6, 0.75), (8, 1.0)]
     assert [picture.name for _, picture, _, _ in points] == [f"0000000{report}.png" for report in (1, 2, 3, 4)]
@@ -156,7 +158,7 @@ def test_a_listener_hears_of_every_report(sections):
 
 def test_holding_out_everything_is_refused(sections):
     with pytest.raises(UserError, match=r"train.validation_images = 48 must be less than the 48 images"):
-        train.main(CELL, *changed(sections, validation_images=48))
+        train.main(NETWORK, *changed(sections, validation_images=48))
 
 
 def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_is_trained_on(sections, monkeypatch):
@@ -182,7 +184,7 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
     monkeypatch.setattr(process, "q_sample", watched)
     monkeypatch.setattr(UNet, "forward", listening)
     for seed in (3, 4):
-        train.main(params.Cell("toy", "cosine", 8, seed), *changed(sections, images=[1600], label_dropout=0.25))
+        train.main(params.Training("toy", "cosine", seed), *changed(sections, images=[1600], label_dropout=0.25))
     held_out = set(validated)
     assert [sum(grey // 12 == label for grey in held_out) for label in range(4)] == [4] * 4  # of every class its share
     assert set(trained) == set(range(48)) - held_out
@@ -197,8 +199,8 @@ def test_the_original_recipe_trains_without_an_average_under_adam(sections):
     diffusion, network, options, *others = sections
     options = options.model_copy(update={"optimizer": "adam", "halve_lr_every": 32, "ema_halflife": 0.0, "label_dropout": 0.0})
     network = network.model_copy(update={"conditional": False})
-    train.main(CELL, diffusion.model_copy(update={"prediction": "eps"}), network, options, *others)
-    average, raw = (checkpoint.load_tensors(paths.weights(str(CELL)) / f"{name}.safetensors")[0] for name in ("ema", "raw"))
+    train.main(NETWORK, diffusion.model_copy(update={"prediction": "eps"}), network, options, *others)
+    average, raw = (checkpoint.load_tensors(paths.weights(str(NETWORK)) / f"{name}.safetensors")[0] for name in ("ema", "raw"))
     assert all(torch.equal(average[name], raw[name]) for name in raw)
 
 
@@ -210,8 +212,8 @@ def test_every_weighting_learns_something_else_and_nothing_else_differs(sections
     def learnt():
         found = []
         for weighting in weightings:
-            train.main(CELL, sections[0].model_copy(update={"weighting": weighting}), *sections[1:])
-            found.append(learnt_weights(CELL))
+            train.main(NETWORK, sections[0].model_copy(update={"weighting": weighting}), *sections[1:])
+            found.append(learnt_weights(NETWORK))
         return found
 
     assert all(differ(one, other) for one, other in itertools.combinations(learnt(), 2))
@@ -222,7 +224,7 @@ def test_every_weighting_learns_something_else_and_nothing_else_differs(sections
 
 @pytest.mark.parametrize("last", [1, 2, 4, 7])
 def test_killed_training_goes_on_to_the_bits_of_an_unbroken_one(sections, killed_at, last):
-    train.main(CELL, *sections)
+    train.main(NETWORK, *sections)
     unbroken = results()
     assert killed_at(last) == list(range(1, last))
     assert killed_at(None) == list(range(last, 9))  # a checkpoint after every step: none is taken twice
@@ -231,7 +233,7 @@ def test_killed_training_goes_on_to_the_bits_of_an_unbroken_one(sections, killed
 
 
 def test_kills_while_a_checkpoint_is_written_lose_one_interval(sections, killed_at, monkeypatch):
-    train.main(CELL, *sections)
+    train.main(NETWORK, *sections)
     unbroken = results()
     replace, replaced = Path.replace, []
 
@@ -258,7 +260,7 @@ def test_kills_while_a_checkpoint_is_written_lose_one_interval(sections, killed_
     ],
 )
 def test_a_broken_or_foreign_checkpoint_is_refused_with_a_warning(sections, killed_at, capsys, spoil, says):
-    train.main(CELL, *sections)
+    train.main(NETWORK, *sections)
     unbroken = results()
     killed_at(5)
     (state,) = checkpoint.workspace().glob(".state/checkpoints/*/state.safetensors")
@@ -277,7 +279,7 @@ def flip(file, where):
 
 
 def test_one_flipped_bit_of_an_unfinished_training_never_leads_to_other_bits(sections, killed_at, capsys):
-    train.main(CELL, *sections)
+    train.main(NETWORK, *sections)
     unbroken = results()
     killed_at(7)
     state = checkpoint.workspace() / ".state"
@@ -341,13 +343,13 @@ def test_a_snapshot_that_changes_while_its_training_goes_on_does_not_reach_the_o
     with monkeypatch.context() as patch:
         patch.setattr(train, "_keep", spoil)
         with pytest.raises(UserError, match=r"ema-25\.safetensors is damaged .*; run `dvc repro` again"):
-            train.main(CELL, *sections)
-    assert not paths.weights(str(CELL)).exists()
+            train.main(NETWORK, *sections)
+    assert not paths.weights(str(NETWORK)).exists()
     assert killed_at(None) == list(range(1, 9))
 
 
 def test_a_state_without_a_hash_or_of_another_shape_is_not_gone_on_from(sections, killed_at, capsys):
-    train.main(CELL, *sections)
+    train.main(NETWORK, *sections)
     unbroken = results()
     killed_at(5)
     (state,) = checkpoint.workspace().glob(".state/checkpoints/*/state.safetensors")
@@ -383,10 +385,10 @@ def test_one_phase_more_goes_on_from_the_finished_ones_to_the_same_bits(sections
     assert killed_at(12, longer) == list(range(9, 12))  # steps 1..8 were the first phase
     assert killed_at(None, longer) == list(range(12, 19))
     assert results() == from_nothing
-    rates = [float(row["lr"]) for row in csv.DictReader(paths.loss_curve(str(CELL)).open())]
+    rates = [float(row["lr"]) for row in csv.DictReader(paths.loss_curve(str(NETWORK)).open())]
     assert len(rates) == 8
     assert rates[4] > rates[3]  # a schedule of its own, to be seen in the curve
-    assert differ(learnt_weights(CELL, "ema-25"), learnt_weights(CELL))
+    assert differ(learnt_weights(NETWORK, "ema-25"), learnt_weights(NETWORK))
 
 
 def test_a_dataset_that_trains_longer_does_so_in_every_phase(sections, killed_at):
@@ -397,26 +399,26 @@ def test_a_dataset_that_trains_longer_does_so_in_every_phase(sections, killed_at
     assert results() == longer
 
 
-def test_a_shared_network_is_trained_once_for_all_T_and_schedules_of_a_dataset_and_seed(sections, killed_at, capfd, monkeypatch):
+def test_a_shared_network_is_trained_once_for_all_schedules_of_a_dataset_and_seed(sections, killed_at, capfd, monkeypatch):
     shared = changed(sections, shared=True)
     with monkeypatch.context() as patch:  # killed between the end of the training and keeping it for the others
         patch.setattr(checkpoint, "finish", Mock(side_effect=Killed))
         assert killed_at(None, shared) == list(range(1, 9))
     assert killed_at(None, shared) == []
     first = results()
-    for cell in (params.Cell("toy", "linear", 1000, CELL.seed), params.Cell("toy", "cosine", 30, CELL.seed)):
-        train.main(cell, *shared)
-        assert bits(paths.weights(str(cell))) == first[0]
-        assert paths.loss_curve(str(cell)).read_text() == first[1]
+    for schedule in ("linear", "sigmoid"):
+        train.main(other := params.Training("toy", schedule, NETWORK.seed), *shared)
+        assert bits(paths.weights(str(other))) == first[0]
+        assert paths.loss_curve(str(other)).read_text() == first[1]
     assert capfd.readouterr().out.count("takes the network that is trained already") == 3
-    _, about = load_network(paths.weights(str(CELL)) / "ema.safetensors")
+    _, about = load_network(paths.weights(str(NETWORK)) / "ema.safetensors")
     assert about["train"]["shared"]
-    assert about["levels"] == list(train.SHARED_LEVELS)
+    assert about["levels"] == "shared"
     shutil.rmtree(checkpoint.workspace() / ".state")
-    train.main(params.Cell("toy", "linear", 1000, CELL.seed), *shared)  # without what was kept: trained again, to the same bits
-    assert bits(paths.weights("toy-linear-1000-3")) == first[0]
-    train.main(params.Cell("toy", "linear", 1000, CELL.seed + 1), *shared)
-    assert differ(learnt_weights("toy-linear-1000-4"), learnt_weights(CELL))
+    train.main(params.Training("toy", "linear", NETWORK.seed), *shared)  # without what was kept: trained again, to the same bits
+    assert bits(paths.weights("toy-linear-3")) == first[0]
+    train.main(params.Training("toy", "linear", NETWORK.seed + 1), *shared)
+    assert differ(learnt_weights("toy-linear-4"), learnt_weights(NETWORK))
 
 
 def test_the_levels_of_a_shared_network_hold_those_of_every_schedule():
@@ -432,7 +434,7 @@ def test_the_levels_of_a_shared_network_hold_those_of_every_schedule():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_a_training_is_known_by_covers_the_code_that_it_depends_on(sections, shared, monkeypatch):
-    """A shared network is the same whatever schedule its cell has."""
+    """A shared network is the same whatever schedule it is of."""
     known = []
 
     def watched(files, *values):
@@ -441,10 +443,10 @@ def test_what_a_training_is_known_by_covers_the_code_that_it_depends_on(sections
 
     fingerprint = checkpoint.fingerprint
     monkeypatch.setattr(checkpoint, "fingerprint", watched)
-    train.main(CELL, *changed(sections, shared=shared))
+    train.main(NETWORK, *changed(sections, shared=shared))
     stage = params.read_yaml(ROOT / "dvc.yaml")["stages"]["train"]
-    deps = {dep for dep in paths.deps(stage, str(CELL), {}) if dep.endswith(".py")}
-    own = f"stages/diffusion/schedules/{CELL.schedule}.py"
+    deps = {dep for dep in paths.deps(stage, str(NETWORK), {}) if dep.endswith(".py")}
+    own = f"stages/diffusion/schedules/{NETWORK.schedule}.py"
     assert own in deps
     assert known[0] == (deps - {own} if shared else deps)
 

@@ -19,14 +19,14 @@ Clocks = dict[str, Any]
 
 def write(stage: str, item: str, measured: Clocks) -> None:
     """Keep what a stage measured, for its dataset, training or cell, with the inputs that are here now."""
-    write_json(_path(stage, item, now(stage, item)), measured)
+    write_json(path_of(stage, item, now(stage, item)), measured)
 
 
 def now(stage: str, item: str) -> dict[str, Any]:
     """What a stage would be run with now, in the form of its entry in dvc.lock."""
     section, loaded = dvc_forms.stages()[stage], params.load()
     deps = [{"path": path, "md5": md5(Path(path))} for path in paths.deps(section, item, loaded.model_dump())]
-    return {"deps": deps, "params": {params.PARAMS: dvc_forms.params_of(section, item, loaded)}}
+    return {"deps": deps, "params": {str(params.PARAMS): dvc_forms.params_of(section, item, loaded)}}
 
 
 def read(stage: str, item: str, entry: dict[str, Any]) -> Clocks:
@@ -37,7 +37,7 @@ def read(stage: str, item: str, entry: dict[str, Any]) -> Clocks:
     Args:
         entry: of dvc.lock, or `now`.
     """
-    path = _path(stage, item, entry)
+    path = path_of(stage, item, entry)
     return _read(path) if path.exists() else {}
 
 
@@ -54,7 +54,8 @@ def _folder(stage: str) -> Path:
     return dvc_forms.workspace() / ".state" / "clocks" / stage
 
 
-def _path(stage: str, item: str, entry: dict[str, Any]) -> Path:
+def path_of(stage: str, item: str, entry: dict[str, Any]) -> Path:
+    """The file of what was measured when a stage was run with the inputs of an entry."""
     deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
     return _folder(stage) / f"{item}.{content_hash([deps, entry.get('params')])[:16]}.json"
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from stages.diffusion import by_name, schedules
-from stages.diffusion.schedules import SHARED_LEVELS, find, names, noise_levels, shared_levels, without_signal_at_the_end
+from stages.diffusion.schedules import CONTINUOUS, find, names, noise_levels, shared_levels, trained_at, without_signal_at_the_end
 
 TS = (25, 100, 200, 1000)
 
@@ -62,13 +62,30 @@ def test_a_schedule_is_a_file_found_by_its_name(tmp_path, monkeypatch):
 
 
 def test_the_levels_of_a_shared_network_are_those_of_their_formula_and_need_no_schedule():
-    formula, T = SHARED_LEVELS
     for how in ({"size": 64, "reference_size": 28}, {"size": 28, "reference_size": None, "zero_terminal_snr": True}):
-        np.testing.assert_array_equal(shared_levels(**how), noise_levels(formula, T, **how))
+        np.testing.assert_array_equal(shared_levels(**how), noise_levels("cosine", CONTINUOUS, **how))
     code = "import sys; from stages.diffusion import schedules; schedules.shared_levels(size=28, reference_size=28); "
     code += "print([name for name in sys.modules if name.startswith('stages.diffusion.schedules.')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_network_learns_continuous_levels_but_for_the_negative_control_or_where_T_is_given():
+    assert {name: trained_at(name, None) for name in names()} == dict.fromkeys(names(), CONTINUOUS) | {"linear_unscaled": 1000}
+    assert {trained_at(name, 300) for name in names()} == {300}
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_continuous_levels_are_visited_as_those_of_every_T_are(name):
+    """The share of levels below a log-SNR, where networks are trained and samples drawn, moves by a few per cent at T = 100."""
+    edges = np.linspace(-8, 8, 33)
+
+    def shares(T):
+        a = noise_levels(name, T, size=28, reference_size=28)
+        return np.searchsorted(np.sort(np.log(a / (1 - a))), edges) / T
+
+    for T, most in ((100, 0.04), (1000, 0.004)):
+        assert np.abs(shares(T) - shares(CONTINUOUS)).max() < most
 
 
 def test_rescaled_linear_keeps_the_amount_of_noise_whatever_T():

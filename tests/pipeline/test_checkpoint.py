@@ -98,13 +98,14 @@ def test_a_folder_or_nothing_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 NETWORK = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
-SAID = {"size": 8, "num_classes": 2, "network": NETWORK | {"conditional": True}}
+SAID = {"size": 8, "num_classes": 2, "logsnr": [-10.0, 10.0], "network": NETWORK | {"conditional": True}}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"size": None},
+        {"logsnr": ["x"]},
         {"network": {}},
         {"network": [1]},
         {"network": SAID["network"] | {"base_channels": 16}},

@@ -21,7 +21,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> inputs.Inputs:
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_STAGE", "train@mnist-cosine-200-0")
+    monkeypatch.setenv("DVC_STAGE", "train@mnist-cosine-100-0")
     TRAIN.parent.mkdir(parents=True)
     TRAIN.write_text("images")
     found = inputs.Inputs()
@@ -75,7 +75,7 @@ def test_what_is_not_of_this_stage_may_change(started: inputs.Inputs, path: str,
 def test_a_choice_that_is_made_anew_is_a_changed_parameter_and_the_file_that_was_chosen_stays_watched(
     started: inputs.Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DVC_STAGE", "sample@mnist-cosine-200-0")
+    monkeypatch.setenv("DVC_STAGE", "sample@mnist-cosine-100-0")
     chosen = "stages/diffusion/samplers/sde_dpm_solver_pp_2m.py"
     edit("params.yaml", lambda text: text.replace("sampler: sde_dpm_solver_pp_2m", "sampler: heun"))
     edit("stages/diffusion/samplers/heun.py", lambda text: text + "# changed\n")

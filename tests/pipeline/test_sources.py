@@ -97,7 +97,7 @@ def graph(tmp_path):
     ("path", "how"),
     [
         ("data/raw/mnist.fetched.zip", "is data/raw/mnist.fetched.zip"),
-        ("models/cells/mnist-cosine-200-0", "contains models/cells/mnist-cosine-200-0/"),
+        ("models/networks/mnist-cosine-0", "contains models/networks/mnist-cosine-0/"),
         ("data/raw", "contains data/raw/mnist.fetched.zip"),
         (".", "contains data/raw/mnist.fetched.zip"),
         ("data/../data", "contains data/raw/mnist.fetched.zip"),

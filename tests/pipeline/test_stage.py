@@ -19,7 +19,7 @@ from PIL import Image
 
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError, in_one_line, sound
-from stages.pipeline import params, paths, stage
+from stages.pipeline import clocks, params, stage
 from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.files import read_json, whole_file, whole_files, whole_folder, write_archive, write_json
 from stages.sweep import plan, runner
@@ -194,16 +194,18 @@ def test_a_listener_hears_of_start_points_and_end(
         if error:
             raise error
 
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "mnist"])
+    monkeypatch.setattr(sys, "argv", ["fetch.py", "mnist"])
     monkeypatch.setattr(Heard, "told", told := [])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     ends = (SystemExit, ZeroDivisionError) if error else ()
     with pytest.raises(ends) if ends else contextlib.nullcontext():
         stage.run(main, Heard)
     assert told == ["start", 1, type(error)]
-    assert paths.timing("train", "mnist").exists() == (error is None)
+    measured = clocks.read("fetch", "mnist", clocks.now("fetch", "mnist"))
+    assert (measured.get("seconds", -1) >= 0) == (error is None)
 
 
 @pytest.mark.parametrize(

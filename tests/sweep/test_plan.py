@@ -11,7 +11,7 @@ from stages.pipeline import params, paths
 from stages.sweep import plan
 
 ROOT = Path(__file__).parents[2]
-CELL = "mnist-cosine-200-0"
+CELL = "mnist-cosine-100-0"
 
 
 def touch(*files: Path) -> None:
@@ -22,8 +22,12 @@ def touch(*files: Path) -> None:
 
 @pytest.mark.usefixtures("bare_tree")
 def test_leftovers_are_what_the_sweep_does_not_name_and_trainings_nobody_works_on() -> None:
-    kept = [paths.weights(CELL) / "ema.safetensors", paths.loss_curve(CELL), paths.scores("reference", "mnist")]
-    stale = [paths.loss_curve("mnist-cosine-7-0"), paths.scores("reference", "emnist"), paths.timing("train", "mnist-cosine-7-0")]
+    kept = [
+        paths.weights("mnist-cosine-0") / "ema.safetensors",
+        paths.loss_curve("mnist-cosine-0"),
+        paths.scores("reference", "mnist"),
+    ]
+    stale = [paths.loss_curve("mnist-cosine-7"), paths.scores("reference", "emnist"), paths.weights("mnist-cosine-7")]
     touch(*kept, *stale, paths.samples("mnist-cosine-7-0") / "grid.png")
     for name in ("held", "abandoned"):
         touch(Path(".state/checkpoints", name, "state.safetensors"), Path(".state/finished", name, "state.safetensors"))
@@ -38,7 +42,7 @@ def test_a_changed_stage_is_followed_by_what_reads_its_outputs() -> None:
     cell = f"sample@{CELL}"
     assert plan.with_followers({cell}) == [cell, f"evaluate@{CELL}", "compare"]
     assert plan.with_followers(set()) == []
-    assert len(plan.with_followers({"prepare@mnist"})) == 3 + 4 * 3 + 1
+    assert len(plan.with_followers({"prepare@mnist"})) == 3 + 2 + 6 * 2 + 1
 
 
 @pytest.mark.usefixtures("bare_tree")

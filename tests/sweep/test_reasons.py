@@ -10,7 +10,7 @@ from cells import CELL, OTHER, edit, record
 from stages.sweep import reasons
 from stages.tracking.provenance import Tree
 
-SAMPLE, TRAIN, FETCH = f"sample@{CELL}", f"train@{CELL}", f"fetch@{CELL.dataset}"
+SAMPLE, TRAIN, FETCH = f"sample@{CELL}", f"train@{CELL.training}", f"fetch@{CELL.dataset}"
 SAMPLERS = "stages/diffusion/samplers"
 CHOSEN = {f"{SAMPLERS}/heun.py": "modified", "params.yaml": {"sample": "modified"}}  # as DVC says it
 
@@ -50,7 +50,10 @@ def test_a_line_has_three_reasons_and_names_parameters_and_code_before_data() ->
         "stages/train.py": "modified",
         "stages/networks/unet.py": "modified",
     }
-    weights = {f"models/cells/{CELL}/ema.safetensors": "not in cache", f"models/cells/{CELL}/raw.safetensors": "not in cache"}
+    weights = {
+        f"models/networks/{CELL.training}/ema.safetensors": "not in cache",
+        f"models/networks/{CELL.training}/raw.safetensors": "not in cache",
+    }
     changes = [{"changed deps": deps | {"params.yaml": {"train": "modified"}}}, {"changed outs": weights}, "changed command"]
     assert said({TRAIN: changes}) == [
         "  train: changed command, train.grad_clip is now 2.0 (was 1.0), stages/train.py is modified, and 2 more"
@@ -58,7 +61,10 @@ def test_a_line_has_three_reasons_and_names_parameters_and_code_before_data() ->
 
 
 def test_results_that_are_not_here_are_one_reason() -> None:
-    weights = {f"models/cells/{CELL}/ema.safetensors": "not in cache", f"models/cells/{CELL}/raw.safetensors": "deleted"}
+    weights = {
+        f"models/networks/{CELL.training}/ema.safetensors": "not in cache",
+        f"models/networks/{CELL.training}/raw.safetensors": "deleted",
+    }
     status: dict[str, list[Any]] = {TRAIN: [{"changed outs": weights}], SAMPLE: [{"changed deps": weights}]}
     assert said(status) == ["  train, sample: results are not here"]
     status[SAMPLE].append({"changed deps": {"stages/sample.py": "deleted"}})
@@ -67,9 +73,9 @@ def test_results_that_are_not_here_are_one_reason() -> None:
 
 def test_cells_with_the_same_reasons_are_one_line_and_a_new_cell_is_not_run_yet() -> None:
     new = {"stages/train.py": "modified", "stages/diffusion/schedules/linear.py": "modified"}
-    status = {TRAIN: [{"changed deps": {"stages/train.py": "modified"}}], f"train@{OTHER}": [{"changed deps": new}]}
+    status = {TRAIN: [{"changed deps": {"stages/train.py": "modified"}}], f"train@{OTHER.training}": [{"changed deps": new}]}
     assert said(status) == ["  train: stages/train.py is modified, not run yet"]
-    assert said({f"train@{OTHER}": status[TRAIN], f"sample@{OTHER}": []}) == ["  train, sample: not run yet"]
+    assert said({f"train@{OTHER.training}": status[TRAIN], f"sample@{OTHER}": []}) == ["  train, sample: not run yet"]
     assert said(status | {"compare": [{"changed deps": {"metrics/train": "modified"}}]})[1:] == ["  compare: not run yet"]
     assert said({}) == []
 

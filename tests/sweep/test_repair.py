@@ -23,7 +23,7 @@ from stages.pipeline import dvc_forms
 from stages.sweep import plan, repair
 
 ROOT = Path(__file__).parents[2]
-CELL = "mnist-cosine-200-0"
+CELL = "mnist-cosine-100-0"
 
 
 def touch(*files: Path) -> None:

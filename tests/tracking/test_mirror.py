@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cells import CELL, OTHER, ROOT, edit, followed, make_files, publish, runs, write
+from cells import CELL, OTHER, ROOT, edit, followed, make_files, publish, record, runs, write_clocks
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -23,6 +23,8 @@ from stages.pipeline import dvc_forms, grids, params, paths
 from stages.pipeline.params import Cell
 from stages.tracking import mirror, mlflow_forms, provenance, store
 from stages.tracking.runs import pulse
+
+HERE = provenance.here()
 
 
 @pytest.mark.parametrize(
@@ -41,9 +43,9 @@ from stages.tracking.runs import pulse
 )
 @pytest.mark.usefixtures("tree")
 def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[str], str]) -> None:
-    before = provenance.Tree.read().key(CELL)
+    before = provenance.Tree.read().key(CELL, HERE)
     edit(path, change)
-    assert provenance.Tree.read().key(CELL) != before
+    assert provenance.Tree.read().key(CELL, HERE) != before
 
 
 @pytest.mark.parametrize(
@@ -62,13 +64,13 @@ def test_key_changes_with_what_decides_the_results(path: str, change: Callable[[
 )
 @pytest.mark.usefixtures("tree")
 def test_key_ignores_what_decides_nothing(path: str, change: Callable[[str], str]) -> None:
-    before = provenance.Tree.read().key(CELL)
+    before = provenance.Tree.read().key(CELL, HERE)
     with Path(path).open(newline="") as file:
         text = file.read()
     with Path(path).open("w", newline="") as file:
         file.write(change(text))
     assert Path(path).read_bytes() != text.encode()
-    assert provenance.Tree.read().key(CELL) == before
+    assert provenance.Tree.read().key(CELL, HERE) == before
 
 
 def test_entries_of_the_lock_parse_alone_as_they_do_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +83,12 @@ def test_entries_of_the_lock_parse_alone_as_they_do_together(monkeypatch: pytest
 
 @pytest.mark.usefixtures("tree")
 def test_key_differs_between_cells_and_needs_raw_data() -> None:
-    cells = [CELL, OTHER, Cell("mnist", "cosine", 1000, 0), Cell("mnist", "cosine", 200, 1)]
-    assert len({provenance.Tree.read().key(cell) for cell in cells}) == len(cells)
+    cells = [CELL, OTHER, Cell("mnist", "cosine", 1000, 0), Cell("mnist", "cosine", 100, 1)]
+    assert len({provenance.Tree.read().key(cell, HERE) for cell in cells}) == len(cells)
+    elsewhere = HERE | {"train": [*HERE["train"], HERE["train"][0] | {"processor": "another"}]}
+    assert provenance.Tree.read().key(CELL, elsewhere) != provenance.Tree.read().key(CELL, HERE)
     with pytest.raises(UserError, match="dvc repro fetch@persian_glyphs"):
-        provenance.Tree.read().key(Cell("persian_glyphs", "cosine", 200, 0))
+        provenance.Tree.read().key(Cell("persian_glyphs", "cosine", 100, 0), HERE)
 
 
 def test_same_key_same_run_and_no_point_twice(tree: Path) -> None:
@@ -92,7 +96,7 @@ def test_same_key_same_run_and_no_point_twice(tree: Path) -> None:
     (first,) = runs(tree)
     publish(CELL)
     make_files(CELL, fid=21.0)
-    write(paths.timing("evaluate", str(CELL)), json.dumps({"seconds": 7.0}))
+    write_clocks("evaluate", CELL, seconds=7.0)
     publish(CELL)
     (second,) = runs(tree)
     assert second.info.run_id == first.info.run_id
@@ -129,7 +133,7 @@ def test_going_back_to_old_settings_shows_the_old_run_even_where_it_fails(tree: 
     edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
     publish(CELL)
     edit("params.yaml", lambda text: text.replace("grad_clip: 2.0", "grad_clip: 1.0"))
-    mirror.fail(CELL, "no memory")
+    mirror.fail([CELL], "no memory")
     shown = {run.data.params["train.grad_clip"]: (run.data.tags["current"], run.info.status) for run in runs(tree)}
     assert shown == {"1.0": ("true", "FAILED"), "2.0": ("false", "FINISHED")}
 
@@ -158,7 +162,7 @@ def previews(tree: Path, run: Run) -> list[int]:
 
 
 def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) -> None:
-    pictures = {step: paths.weights(str(CELL)) / "previews" / f"{step:08d}.png" for step in (1, 2)}
+    pictures = {step: paths.weights(str(CELL.training)) / "previews" / f"{step:08d}.png" for step in (1, 2)}
     for path in pictures.values():
         grids.save_png(path, np.zeros((4, 4), np.uint8))
     rows = {1: {"step": 1, "train_loss": 0.9, "images_per_sec": 50.0}, 2: {"step": 2, "train_loss": 0.8, "images_per_sec": 51.0}}
@@ -172,7 +176,8 @@ def test_a_training_is_followed_live_and_every_step_is_there_once(tree: Path) ->
         live.point(rows[2] | {"images_per_sec": 40.0}, pictures[2], 1.0, 0.0)
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["progress"]) == ("FINISHED", "trained")
-    write(paths.timing("train", str(CELL)), json.dumps({"seconds": 9.0, "by_step": [rows[1], rows[2] | {"images_per_sec": 40.0}]}))
+    record(CELL, last="sample")
+    write_clocks("train", CELL, seconds=9.0, by_step=[rows[1], rows[2] | {"images_per_sec": 40.0}])
     publish(CELL)
     (run,) = runs(tree)
     assert run.data.tags["progress"] == "complete"
@@ -218,7 +223,7 @@ def test_a_view_that_is_none_is_offered_again(tree: Path, text: str) -> None:
 def test_every_cell_of_a_sweep_has_a_colour_of_its_own(tree: Path) -> None:
     sweep = params.load().sweep
     colors = [mlflow_forms.color(cell, sweep) for cell in sweep.cells()]
-    assert len(set(colors)) == len(colors) == 8
+    assert len(set(colors)) == len(colors) == 12
     publish(CELL)
     (run,) = runs(tree)
     assert run.data.tags["mlflow.runColor"] == mlflow_forms.color(CELL, sweep)
@@ -226,7 +231,7 @@ def test_every_cell_of_a_sweep_has_a_colour_of_its_own(tree: Path) -> None:
 
 
 def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
-    picture = paths.weights(str(CELL)) / "previews" / "00000001.png"
+    picture = paths.weights(str(CELL.training)) / "previews" / "00000001.png"
     grids.save_png(picture, np.zeros((4, 4), np.uint8))
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
     with followed(CELL) as live:
@@ -240,7 +245,7 @@ def test_progress_is_a_share_and_a_time_left(tree: Path) -> None:
 
 
 def test_a_failure_is_shown_with_its_error_until_the_cell_succeeds(tree: Path) -> None:
-    mirror.fail(CELL, "train: the loss became nan")
+    mirror.fail([CELL], "train: the loss became nan")
     (run,) = runs(tree)
     assert (run.info.status, run.data.tags["error"]) == ("FAILED", "train: the loss became nan")
     publish(CELL)
@@ -250,8 +255,8 @@ def test_a_failure_is_shown_with_its_error_until_the_cell_succeeds(tree: Path) -
 
 
 def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
-    mirror.fail(CELL, "x")
-    mirror.fail(OTHER, "x")
+    mirror.fail([CELL], "x")
+    mirror.fail([OTHER], "x")
     client = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}")
     dead, alive = runs(tree)
     for run in (dead, alive):
@@ -272,7 +277,7 @@ def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> Non
 
 def test_sync_leaves_out_what_dvc_does_not_record(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mirror.sync()
-    assert "0 of 8 cells have results" in capsys.readouterr().out
+    assert "0 of 12 cells have results" in capsys.readouterr().out
     assert not runs(tree)
 
 

@@ -101,7 +101,7 @@ def follow() -> None:
 
 USES: dict[str, Callable[[], object]] = {
     "publish": lambda: publish(CELL),
-    "fail": lambda: mirror.fail(CELL, "no memory"),
+    "fail": lambda: mirror.fail([CELL], "no memory"),
     "sync": lambda: mirror.sync(),
     "Live": follow,
 }
@@ -151,7 +151,7 @@ def test_a_training_whose_store_hangs_later_is_not_held_up(
 ) -> None:
     from mlflow import MlflowClient
 
-    picture = paths.weights(str(CELL)) / "previews" / "00000001.png"
+    picture = paths.weights(str(CELL.training)) / "previews" / "00000001.png"
     grids.save_png(picture, np.zeros((4, 4), np.uint8))
     hangs = threading.Event()
     monkeypatch.setattr(MlflowClient, "log_image", lambda *_, **__: hangs.set() or time.sleep(600))

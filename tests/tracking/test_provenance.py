@@ -27,7 +27,8 @@ def tree(empty: Path) -> Path:
     return empty / "work"
 
 
-CELL = Cell("mnist", "cosine", 200, 0)
+CELL = Cell("mnist", "cosine", 100, 0)
+HERE: provenance.Machines = {}
 
 
 def test_a_secret_in_a_parameter_is_masked_on_record_and_changes_no_key(tree: Path) -> None:
@@ -39,7 +40,7 @@ def test_a_secret_in_a_parameter_is_masked_on_record_and_changes_no_key(tree: Pa
 
     read = provenance.Tree.read()
     plain, secret = with_url("https://host/x.zip"), with_url("https://me:hunter2@host/x.zip?signature=abc")
-    assert plain.key(CELL) == secret.key(CELL)
+    assert plain.key(CELL, HERE) == secret.key(CELL, HERE)
     logged = secret.chain_params(CELL)
     assert logged["data.mnist.url"] == "https://***@host/x.zip?signature=***"
     assert logged["data.mnist.licence"] == "of ***@host"
@@ -50,7 +51,7 @@ def test_a_secret_in_a_parameter_is_masked_on_record_and_changes_no_key(tree: Pa
 def test_a_run_says_that_git_could_not_answer(tree: Path) -> None:
     client = Mock()
     client.search_runs.return_value = []
-    runs.claim(client, "1", provenance.Tree.read(), CELL)
+    runs.claim(client, "1", provenance.Tree.read(), CELL, HERE)
     tags = client.create_run.call_args.kwargs["tags"]
     assert tags["dirty"] == "unknown"
     assert not [name for name in tags if "commit" in name]
@@ -72,10 +73,10 @@ def test_a_run_says_that_git_could_not_answer(tree: Path) -> None:
     ],
 )
 def test_a_damaged_lock_is_told_in_one_line(tree: Path, text: str, says: str) -> None:
-    assert provenance.Tree.read().key(CELL)
+    assert provenance.Tree.read().key(CELL, HERE)
     Path("dvc.lock").write_text(text)
     with pytest.raises(UserError, match=says) as told:
-        provenance.Tree.read().key(CELL)
+        provenance.Tree.read().key(CELL, HERE)
     assert "dvc.lock" in str(told.value)
     assert "\n" not in str(told.value)
 

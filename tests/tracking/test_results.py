@@ -1,21 +1,22 @@
 """What the readers of results say of damaged files: one line, and nothing at all where only a clock is missing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from cells import ROOT, write_clocks
 
 from stages.errors import UserError
-from stages.pipeline import paths
+from stages.pipeline import clocks, paths
 from stages.pipeline.params import Cell
-from stages.sweep import plan
-from stages.tracking import results
+from stages.tracking import provenance, results
 
-CELL = Cell("mnist", "cosine", 200, 0)
+CELL = Cell("mnist", "cosine", 100, 0)
 CURVE = "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n"
 SCORES = {
-    "fast": {"images": 8, "fid": {"value": 2.0, "error": 0.5, "floor": 1.0}, "sampling": {"steps": 14}},
-    "ancestral": {"images": 8},
+    "fast": {"images": 8, "fid": {"value": 2.0, "error": 0.5, "floor": 1.0}, "sampling": {"network_evaluations": 14}},
+    "ancestral": {"images": 8, "sampling": {"network_evaluations": 100}},
     "over_training": [{"trained_images": 128, "fid": {"value": 2.0, "error": None, "floor": None}}],
     "logsnr_grid": [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}],
 }
@@ -26,11 +27,18 @@ TIMING = {"seconds": 7.0, "by_step": [{"step": 2, "images_per_sec": 5.0}]}
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The results of one cell in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    results._tell.cache_clear()
+    clocks._tell.cache_clear()
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     write(paths.scores("evaluate", str(CELL)), json.dumps(SCORES))
-    write(paths.timing("train", str(CELL)), json.dumps(TIMING))
-    write(paths.loss_curve(str(CELL)), CURVE)
+    write_clocks("train", CELL, **TIMING)
+    write(paths.loss_curve(str(CELL.training)), CURVE)
     return tmp_path
+
+
+def clocked() -> tuple[dict[str, float], list[dict[str, float]]]:
+    """What is read of the clocks of a cell whose training ended just now."""
+    return results.clocks(provenance.Tree.read(), CELL, fresh="train")
 
 
 def write(path: Path, text: str) -> None:
@@ -39,10 +47,25 @@ def write(path: Path, text: str) -> None:
 
 
 def test_whole_files_are_read() -> None:
-    assert results.row(CELL)["train_seconds"] == 7
+    assert results.row(CELL)["ancestral_evaluations"] == 100
+    assert clocked() == ({"train_seconds": 7}, TIMING["by_step"])
     assert results.loss_curve(CELL)[0] == {"step": 1, "images": 64, "lr": 0.1, "train_loss": 0.9}
-    assert results.clocked_by_step(CELL) == TIMING["by_step"]
-    assert plan.expected_seconds(f"train@{CELL}") == 7
+    for training in (
+        "mnist-cosine-0",
+        "mnist-linear-0",
+        "persian_glyphs-cosine-0",
+    ):  # what is known of another is better than nothing
+        assert clocks.expected_seconds("train", training) == 7
+    assert clocks.expected_seconds("sample", str(CELL)) is None
+
+
+def test_a_clock_is_that_of_what_the_stage_was_run_with() -> None:
+    entry = clocks.now("train", "mnist-cosine-0")
+    assert clocks.read("train", "mnist-cosine-0", entry)["seconds"] == 7
+    other = entry | {"params": {"params.yaml": {}}}
+    assert clocks.read("train", "mnist-cosine-0", other) == clocks.read("train", "mnist-linear-0", entry) == {}
+    write(clocks.path_of("train", "mnist-cosine-0", other), '{"seconds": 8}')
+    assert clocks.read("train", "mnist-cosine-0", entry)["seconds"] == 7
 
 
 @pytest.mark.parametrize(
@@ -61,16 +84,16 @@ def test_whole_files_are_read() -> None:
     ],
 )
 def test_a_damaged_timing_counts_as_not_recorded_and_is_told_once(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    write(paths.timing("train", str(CELL)), text)
+    (path,) = Path(".state/clocks/train").iterdir()
+    write(path, text)
     row = results.row(CELL)
     assert row["fid"] == 2
-    assert "train_seconds" not in row
-    assert results.clocked_by_step(CELL) == []
-    assert plan.expected_seconds(f"train@{CELL}") is None
+    assert clocked() == ({}, [])
+    assert clocks.expected_seconds("train", "mnist-cosine-0") is None
     assert "-" in results.table([row])
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert f"{paths.timing('train', str(CELL))} is damaged" in told
+    assert f"{path} is damaged" in told
 
 
 @pytest.mark.parametrize(
@@ -92,13 +115,13 @@ def test_a_damaged_timing_counts_as_not_recorded_and_is_told_once(text: str, cap
     ],
 )
 def test_a_damaged_curve_is_told_in_one_line(text: str) -> None:
-    write(paths.loss_curve(str(CELL)), text)
-    with pytest.raises(UserError, match=r"^metrics/train/mnist-cosine-200-0\.csv is damaged \(.*\); `git checkout .*`$"):
+    write(paths.loss_curve(str(CELL.training)), text)
+    with pytest.raises(UserError, match=r"^metrics/train/mnist-cosine-0\.csv is damaged \(.*\); `git checkout .*`$"):
         results.loss_curve(CELL)
 
 
 def test_a_curve_that_is_no_utf_8_is_told_in_one_line() -> None:
-    paths.loss_curve(str(CELL)).write_bytes(CURVE.encode("utf-16"))
+    paths.loss_curve(str(CELL.training)).write_bytes(CURVE.encode("utf-16"))
     with pytest.raises(UserError, match="is damaged"):
         results.loss_curve(CELL)
 
@@ -117,15 +140,12 @@ def test_a_curve_that_is_no_utf_8_is_told_in_one_line() -> None:
 )
 def test_scores_of_another_form_are_told_in_one_line(changes: dict) -> None:
     write(paths.scores("evaluate", str(CELL)), json.dumps({**SCORES, **changes}))
-    with pytest.raises(UserError, match=r"^metrics/evaluate/mnist-cosine-200-0\.json is damaged"):
+    with pytest.raises(UserError, match=r"^metrics/evaluate/mnist-cosine-100-0\.json is damaged"):
         results.row(CELL), results.over_training(CELL)
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_without_a_part_are_told_in_one_line(name: str) -> None:
     write(paths.scores("evaluate", str(CELL)), json.dumps({key: value for key, value in SCORES.items() if key != name}))
-    if name == "ancestral":  # nothing reads it by name
-        assert results.row(CELL)
-    else:
-        with pytest.raises(UserError, match=f"is damaged .*{name}"):
-            results.row(CELL)
+    with pytest.raises(UserError, match=f"is damaged .*{name}"):
+        results.row(CELL)

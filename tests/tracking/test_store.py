@@ -186,9 +186,9 @@ def test_sync_draws_removed_pictures_again(tree: Path, capsys: pytest.CaptureFix
     make_previews(CELL, 1)
     record(CELL, last="evaluate")
     assert mirror.sync()
-    assert "1 of 8 cells have results, 1 of them" in capsys.readouterr().out
+    assert "1 of 12 cells have results, 1 of them" in capsys.readouterr().out
     assert mirror.sync()
-    assert "1 of 8 cells have results, 0 of them" in capsys.readouterr().out
+    assert "1 of 12 cells have results, 0 of them" in capsys.readouterr().out
     before = {Path(path).name.partition("+timestamp")[0] for path in digests(tree / "mlruns")}
     shutil.rmtree(tree / "mlruns")
     assert mirror.sync()
@@ -196,7 +196,7 @@ def test_sync_draws_removed_pictures_again(tree: Path, capsys: pytest.CaptureFix
     (run,) = runs(tree)
     (Path(run.info.artifact_uri) / "samples/chain.png").unlink()
     assert mirror.sync()
-    assert "1 of 8 cells have results, 1 of them" in capsys.readouterr().out
+    assert "1 of 12 cells have results, 1 of them" in capsys.readouterr().out
     assert (Path(run.info.artifact_uri) / "samples/chain.png").exists()
 
 
@@ -229,7 +229,7 @@ def test_a_run_without_one_of_its_tags_stops_nothing(tree: Path, capsys: pytest.
     client(tree).delete_tag(runs(tree)[0].info.run_id, name)
     record(CELL, last="evaluate")
     mirror.publish(CELL)
-    mirror.fail(CELL, "no memory")
+    mirror.fail([CELL], "no memory")
     assert mirror.sync()
     assert not capsys.readouterr().err
     assert [run.info.status for run in runs(tree) if run.data.tags.get("current") == "true"].count("FINISHED") >= 1
