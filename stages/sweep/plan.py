@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from stages.errors import UserError, in_one_line
 from stages.pipeline import clocks, dvc_forms, params, paths, sources
 from stages.pipeline.files import whole_file
-from stages.sweep import reasons, repair
+from stages.sweep import committed, reasons, repair
 from stages.tracking import results
 from stages.tracking.provenance import Tree
 
@@ -88,6 +88,8 @@ def table() -> None:
         print(f"Without results of the present code, parameters and data: {', '.join(missing)}")
         print("metrics/report.md and metrics/figures are of an earlier run, if they are there.")
     elif finished:
+        for line in committed.lines(tree, finished):
+            print(line)
         print(f"Pictures: metrics/report.md, metrics/figures/, {paths.samples('CELL')}/grid.png and denoising.gif")
 
 
