@@ -35,7 +35,8 @@ def test_the_same_bits_are_told_in_a_line_and_others_by_how_far_their_scores_lie
         f"  {CELL}: FID 22, committed 20: 2.8 standard errors apart",  # each has an error of 0.5
     ]
     scores = paths.scores("evaluate", str(CELL))
-    edit(str(scores), lambda text: text.replace(provenance.here()["train"][0]["processor"], "another one"))
+    here = provenance.here()["train"][0]["processor"]
+    edit(str(scores), lambda text: text.replace(here, "another one"))
     assert said()[1].endswith(
         f"2.8 standard errors apart; committed ones were made on {provenance.here()['train'][0]['processor']}"
     )
