@@ -36,7 +36,7 @@ def fields(raw: Path):
 
 @pytest.fixture(scope="module")
 def train(fields) -> tuple[torch.Tensor, torch.Tensor]:
-    return glyphs._draw_split(*fields, 32, 100, 3, 0)
+    return glyphs._draw_split(*fields, 32, 100, 3, "train")
 
 
 def test_classes_are_ten_digits_and_32_letters():
@@ -69,15 +69,15 @@ def test_read_gives_both_splits_drawn_independently(raw, train):
 
 
 def test_image_is_the_same_however_many_are_asked_for_and_at_once(fields, train, monkeypatch):
-    few, y_few = glyphs._draw_split(*fields, 32, 7, 3, 0)
+    few, y_few = glyphs._draw_split(*fields, 32, 7, 3, "train")
     assert torch.equal(few, train[0][:7])
     assert torch.equal(y_few, train[1][:7])
     monkeypatch.setattr(glyphs, "BATCH", 9)
-    assert torch.equal(glyphs._draw_split(*fields, 32, 100, 3, 0)[0], train[0])
+    assert torch.equal(glyphs._draw_split(*fields, 32, 100, 3, "train")[0], train[0])
 
 
 def test_seed_changes_images_and_order(fields, train):
-    images, labels = glyphs._draw_split(*fields, 32, 42, 4, 0)
+    images, labels = glyphs._draw_split(*fields, 32, 42, 4, "train")
     assert not torch.equal(labels, train[1][:42])
     assert not any(torch.equal(a, b) for a, b in zip(images, train[0], strict=False))
 
@@ -104,7 +104,7 @@ def test_ink_is_dark_and_paper_light_and_noisy(train):
 
 
 def test_glyph_uses_most_of_the_paper_and_stays_on_it(fields):
-    images, labels = glyphs._draw_split(*fields, 64, 420, 0, 0)
+    images, labels = glyphs._draw_split(*fields, 64, 420, 0, "train")
     ink = images[labels > 0, 0] < 110  # all but the small zero
     edge = torch.ones(64, 64, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
@@ -116,7 +116,7 @@ def test_glyph_uses_most_of_the_paper_and_stays_on_it(fields):
 
 def test_hands_differ_in_pen_ink_and_paper(fields, monkeypatch):
     monkeypatch.setattr(glyphs, "_balanced_labels", lambda count, *_: torch.full((count,), glyphs.CLASS_NAMES.index("ا")))
-    images = glyphs._draw_split(*fields, 64, 100, 0, 0)[0][:, 0].float()
+    images = glyphs._draw_split(*fields, 64, 100, 0, "train")[0][:, 0].float()
     paper, ink = images.flatten(1).quantile(0.5, dim=1), images.flatten(1).quantile(0.02, dim=1)
     inked = images < (paper + ink)[:, None, None] / 2
     width = inked.flatten(1).sum(1) / inked.any(2).sum(1)
@@ -130,7 +130,7 @@ def test_hands_differ_in_pen_ink_and_paper(fields, monkeypatch):
 
 @pytest.mark.parametrize("size", [16, 33, 64])
 def test_every_size_is_drawn(fields, size):
-    images, _ = glyphs._draw_split(*fields, size, 3, 0, 0)
+    images, _ = glyphs._draw_split(*fields, size, 3, 0, "train")
     assert images.shape == (3, 1, size, size)
 
 
