@@ -16,7 +16,7 @@ from stages.networks.classifier import CHUNK, classify
 from stages.pipeline.params import Extractor
 
 LOOK_ALIKES = ("۱ا", "۰۵ه")  # a stroke is a one or an alef; a loop is a zero, a five or a heh
-OPTIONS = {"size": 32, "train_images": 100, "test_images": 45, "seed": 3}
+OPTIONS = {"size": 32, "train_images": 100, "validation_images": 44, "test_images": 45, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,27 @@ def test_fetch_packs_fonts_and_licences_into_the_same_bytes_every_time(tmp_path)
         assert any("LICENSE" in name for name in mine)
 
 
-def test_read_gives_both_splits_drawn_independently(raw, train):
-    (images, labels), (test, y_test), class_names, *_ = glyphs.read(raw, **OPTIONS)
+def test_read_gives_three_splits_drawn_independently(raw, train):
+    (images, labels), (validation, y_validation), (test, y_test), class_names, *_ = glyphs.read(raw, **OPTIONS)
     assert torch.equal(images, train[0])
     assert torch.equal(labels, train[1])
     assert test.shape == (45, 1, 32, 32)
     assert class_names == glyphs.CLASS_NAMES
     assert not torch.equal(labels[:42], y_test[:42])
-    assert not any(torch.equal(a, b) for a in images for b in test)
+    assert y_validation.tolist() == y_test[:44].tolist()  # the floor at N needs as many of every class
+    assert len({image.numpy().tobytes() for image in torch.cat([images, validation, test])}) == 100 + 44 + 45
+
+
+def test_train_and_test_images_are_those_of_before_there_was_a_validation_split(raw, fields):
+    """Their random numbers have streams 0 to 3, whatever validation draws."""
+    few = glyphs.read(raw, **OPTIONS | {"validation_images": 42})
+    many = glyphs.read(raw, **OPTIONS)
+    for name in ("train", "test"):
+        assert torch.equal(few.splits[name][0], many.splits[name][0])
+    assert torch.equal(few.validation[0], many.validation[0][:42])
+    drawn = glyphs._draw(glyphs._rng(3, 1, 0), fields[1][many.test[1][0]], 32)
+    chosen, *rest = (torch.from_numpy(np.stack([part])) for part in drawn)
+    assert torch.equal(glyphs._ink(fields[0][chosen][:, None], *rest)[0], many.test[0][0])
 
 
 def test_image_is_the_same_however_many_are_asked_for_and_at_once(fields, train, monkeypatch):
@@ -201,7 +214,8 @@ def test_every_letter_is_drawn_both_ways_and_variants_add_forms(fields):
 @pytest.mark.slow
 def test_glyphs_are_readable_and_nearly_all_confusions_are_between_look_alikes(tmp_path):
     glyphs.fetch(tmp_path)
-    (images, labels), (test, y_test), names, *_ = glyphs.read(tmp_path, size=64, train_images=20000, test_images=5000, seed=0)
+    data = glyphs.read(tmp_path, size=64, train_images=20000, validation_images=42, test_images=5000, seed=0)
+    (images, labels), (test, y_test), names = data.train, data.test, data.class_names
     net = fit(images, labels, 42, Extractor(images=100000, batch=128, lr=3e-3, seed=0))
     predicted = classify(net, map(to_float, test.split(CHUNK)))[1].argmax(1)
     merged = torch.arange(42)
