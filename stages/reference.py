@@ -67,11 +67,11 @@ def draws_of(images: Fake, like: Tensor, N: int) -> list[Fake]:
 
     Samples are drawn so as well; sets with chance class counts would put the floor too high.
     """
-    counts = counts_at(like, N)
+    ends = [counts_at(like, k * N) for k in range(DRAWS + 1)]  # of the sets, within each class
     order = torch.randperm(images.n, generator=torch.Generator().manual_seed(0))
-    of_class = [order[images.labels[order] == y] for y in range(len(counts))]
-    draws = min([DRAWS, *(len(rows) // n for rows, n in zip(of_class, counts, strict=True) if n)])
-    parts = [[rows[k * n : (k + 1) * n] for rows, n in zip(of_class, counts, strict=True)] for k in range(draws)]
+    of_class = [order[images.labels[order] == y] for y in range(len(ends[0]))]
+    draws = sum(all(end <= len(rows) for end, rows in zip(of_set, of_class, strict=True)) for of_set in ends[1:])
+    parts = [[rows[a:b] for rows, a, b in zip(of_class, ends[k], ends[k + 1], strict=True)] for k in range(draws)]
     return [images.take(torch.cat(part)) for part in parts]
 
 
