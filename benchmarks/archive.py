@@ -61,7 +61,9 @@ def draw(archive: Path, images: int) -> None:
     """Write an archive of images that are all different."""
     with tempfile.TemporaryDirectory() as folder:
         glyphs.fetch(Path(folder))
-        pictures, labels = glyphs.read(Path(folder), size=SIZE, train_images=DRAWN, test_images=42, seed=0).train
+        pictures, labels = glyphs.read(
+            Path(folder), size=SIZE, train_images=DRAWN, validation_images=42, test_images=42, seed=0
+        ).train
     jobs = [(pictures[:, 0].numpy(), labels.numpy(), range(i, min(i + BATCH, images))) for i in range(0, images, BATCH)]
     with ProcessPoolExecutor() as pool, zipfile.ZipFile(archive, "w") as file:
         for done in pool.map(encoded, *zip(*jobs, strict=True)):

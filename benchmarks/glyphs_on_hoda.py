@@ -43,7 +43,7 @@ def digits() -> tuple[Tensor, Tensor]:
     """Images and labels of the ten digits among GLYPHS glyphs."""
     with tempfile.TemporaryDirectory() as folder:
         glyphs.fetch(Path(folder))
-        images, labels = glyphs.read(Path(folder), size=SIZE, train_images=GLYPHS, test_images=1, seed=0).train
+        images, labels = glyphs.read(Path(folder), size=SIZE, train_images=GLYPHS, validation_images=1, test_images=1, seed=0).train
     return images[labels < 10], labels[labels < 10]
 
 

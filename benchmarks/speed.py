@@ -42,8 +42,7 @@ def naqsh(size: int) -> tuple[Callable[[], int], Callable[[], int], int]:
     loaded = params.load(ROOT / "params.yaml")
     batch = loaded.train.batch
     images, labels = torch.randint(256, (batch, 1, size, size), dtype=torch.uint8), torch.arange(batch) % CLASSES
-    rows = torch.arange(batch)
-    split = stage.Split(images, labels, rows, rows, [str(label) for label in range(CLASSES)])
+    split = stage.Split(images, labels, (images, labels), [str(label) for label in range(CLASSES)])
     state = stage.begin(0, ("cosine", T), split, loaded.diffusion, loaded.network, loaded.train)
     steps = itertools.cycle(range(1, state.timetable.end + 1))
 

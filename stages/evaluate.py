@@ -111,8 +111,9 @@ def score_set(judge: Judge, images: Tensor, labels: Tensor, min_scored: int) -> 
 def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
     """Losses of the network, told the labels, on test images: the same images in every cell of a dataset.
 
-    Each image gets the same normal draws in every cell, but at noise levels that differ with schedule and T; on `logsnr_grid` the
-    levels are the same too. The decoder is drawn last: where the grid is shorter, its normal draws are others.
+    Which images, and what is drawn for them, is decided by evaluate.seed. Each image gets the same normal draws in every cell, but
+    at noise levels that differ with schedule and T; on `logsnr_grid` the levels are the same too. The decoder is drawn last: where
+    the grid is shorter, its normal draws are others.
 
     `eps_mse` is the mean over t uniform in 0..T-1: a property of the schedule, no measure of quality. `logsnr_grid`
     compares across schedules, at those of its levels that the network was trained at. `bits_per_dim` is the variational bound
@@ -121,7 +122,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
     Raises:
         UserError: evaluate.images exceeds the test split.
     """
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(evaluate.seed)
     x0, y = pick_images(cell.dataset, evaluate.images, rng)
     net, about = load_network(paths.weights(str(cell.training)) / "ema.safetensors")
     table, grid = known_levels(cell, about, evaluate.logsnr)

@@ -1,7 +1,7 @@
 """Turn the raw files of a dataset into tensors and say what is in them. `python -m stages.prepare mnist`.
 
-Reads data/raw/NAME.fetched.zip; writes train.safetensors, test.safetensors and dataset.json to data/prepared/NAME, and the pictures
-samples.png and noising.png to data/figures/NAME.
+Reads data/raw/NAME.fetched.zip; writes train, validation and test.safetensors and dataset.json to data/prepared/NAME, and the
+pictures samples.png and noising.png to data/figures/NAME.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def main(dataset: str, data: params.DataSection) -> None:
         except UserError as error:
             raise UserError(f"data.{dataset}: {error}") from None
         digests = {str(file.relative_to(raw)): _sha256(file) for file in sorted(raw.rglob("*")) if file.is_file()}
-    (train, y_train), (test, y_test) = found.train, found.test
+    train, y_train = found.train
     classes = len(found.class_names)
     mean, std = mean_and_std(train)
     about = {
@@ -50,20 +50,16 @@ def main(dataset: str, data: params.DataSection) -> None:
         "source_sha256": digests,
         "size": data.size,
         "class_names": found.class_names,
-        "images": {"train": len(train), "test": len(test)},
-        "images_per_class": {
-            "train": y_train.bincount(minlength=classes).tolist(),
-            "test": y_test.bincount(minlength=classes).tolist(),
-        },
+        "images": {name: len(y) for name, (_, y) in found.splits.items()},
+        "images_per_class": {name: y.bincount(minlength=classes).tolist() for name, (_, y) in found.splits.items()},
         "pixel_mean": mean,
         "pixel_std": std,
         **found.report,
     }
-    splits = {"train": {"images": train, "labels": y_train}, "test": {"images": test, "labels": y_test}}
-    if found.sources:
-        splits["train"]["sources"], splits["test"]["sources"] = found.sources
+    origins = [{"sources": origin} for origin in found.sources] if found.sources else [{}] * 3
     with whole_files(paths.prepared(dataset)) as folder:
-        for name, tensors in splits.items():
+        for (name, (images, labels)), origin in zip(found.splits.items(), origins, strict=True):
+            tensors = {"images": images, "labels": labels, **origin}
             save_tensors(folder / f"{name}.safetensors", tensors, class_names=found.class_names)
         write_json(folder / "dataset.json", about)
     with whole_files(paths.data_figures(dataset)) as folder:

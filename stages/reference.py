@@ -1,6 +1,7 @@
 """Measure real images against real ones: the statistics that samples are compared with, and the floor of every score.
 
-Reads data/prepared/D and the extractor; writes models/reference/D.safetensors and metrics/reference/D.json.
+The floor at N is what N validation images score against the whole test split. Reads data/prepared/D and the extractor; writes
+models/reference/D.safetensors and metrics/reference/D.json.
 Run: python -m stages.reference DATASET
 """
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from stages.datasets.images import balanced_order, to_float
 from stages.drawing.weights import load_tensors
-from stages.errors import UserError
 from stages.fidelity.frechet import fit_gaussian
 from stages.fidelity.metrics import METRICS, Measured
 from stages.fidelity.sets import Fake, Real
@@ -22,28 +22,32 @@ from stages.pipeline.checkpoint import load_classifier, save_tensors
 from stages.pipeline.files import write_json
 from stages.pipeline.stage import progress, run
 
-DRAWS = 10  # disjoint sets of N train images at most; each is measured as if it were a set of samples
+DRAWS = 10  # disjoint sets of N validation images at most; each is measured as if it were a set of samples
 
 
-def main(dataset: str, sample__images: int, sample__snapshot_images: int, train__threads: int) -> None:
-    """Embed the test split and draws from the train split, measure sets of both sizes, write."""
+def main(
+    dataset: str,
+    sample__images: int,
+    sample__ancestral_images: int,
+    sample__snapshot_images: int,
+    evaluate__min_scored: int,
+    train__threads: int,
+) -> None:
+    """Embed the test and the validation split, measure sets of each size that is scored, write."""
     torch.set_num_threads(train__threads)
-    train, _ = load_tensors(paths.prepared(dataset) / "train.safetensors")
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
-    N, n = sample__images, len(train["images"])
-    if n < N:
-        raise UserError(f"params.yaml: sample.images = {N} must be at most {n}: the floor needs as many train images")
-    drawn = balanced_order(train["labels"], torch.Generator().manual_seed(0))[: min(DRAWS, n // N) * N]
-
-    images, labels = (torch.cat([test[name], train[name][drawn]]) for name in ("images", "labels"))
+    validation, _ = load_tensors(paths.prepared(dataset) / "validation.safetensors")
+    images, labels = (torch.cat([test[name], validation[name]]) for name in ("images", "labels"))
     embedded = embed(dataset, images, labels)
-    split, draws = embedded.part(0, len(test["labels"])), embedded.part(len(test["labels"]), embedded.n)
-    real = real_of(split, N)
+    split, others = embedded.part(0, len(test["labels"])), embedded.part(len(test["labels"]), embedded.n)
+    real = real_of(split, sample__images)
     saved = {"mean": torch.from_numpy(real.gaussian.mean), "cov": torch.from_numpy(real.gaussian.cov), "features": real.features}
     save_tensors(paths.reference(dataset), saved, images=split.n)
+    sizes = sorted({N for N in (sample__images, sample__ancestral_images, sample__snapshot_images) if N >= evaluate__min_scored})
     scores = {
         "test_images": split.n,
-        "sets": {str(size): floors_of_sets(real, draws, size) for size in sorted({N, sample__snapshot_images}, key=str)},
+        "validation_images": others.n,
+        "sets": {str(N): floors_of_sets(real, draws_of(others, split.labels, N)) for N in sizes},
         **floors_of_split(real, split),
         "class_frequencies": real.class_frequencies.tolist(),
     }
@@ -64,12 +68,30 @@ def real_of(split: Fake, N: int) -> Real:
     return Real(fit_gaussian(split.features), split.features[some], frequencies, shares={})
 
 
-def floors_of_sets(real: Real, drawn: Fake, size: int) -> dict[str, Any]:
-    """Mean and sd over disjoint sets of so many train images, of each metric that depends on N."""
-    draws = min(DRAWS, drawn.n // size)
-    sets = [drawn.part(k * size, (k + 1) * size) for k in range(draws)]
+def draws_of(images: Fake, like: Tensor, N: int) -> list[Fake]:
+    """Disjoint sets of N of the images, DRAWS or as many as there are, whose labels have the frequencies of `like`, (M,) int64.
+
+    Samples are drawn so as well; sets with chance class counts would put the floor too high.
+    """
+    ends = [counts_at(like, k * N) for k in range(DRAWS + 1)]  # of the sets, within each class
+    order = torch.randperm(images.n, generator=torch.Generator().manual_seed(0))
+    of_class = [order[images.labels[order] == y] for y in range(len(ends[0]))]
+    draws = sum(all(end <= len(rows) for end, rows in zip(of_set, of_class, strict=True)) for of_set in ends[1:])
+    parts = [[rows[a:b] for rows, a, b in zip(of_class, ends[k], ends[k + 1], strict=True)] for k in range(draws)]
+    return [images.take(torch.cat(part)) for part in parts]
+
+
+def counts_at(like: Tensor, N: int) -> list[int]:
+    """How many of N images are of each class at the frequencies of labels, (M,) int64: the largest remainders are rounded up."""
+    whole, rest = (f(N * like.bincount(), len(like)) for f in (torch.floor_divide, torch.remainder))
+    whole[rest.argsort(descending=True, stable=True)[: N - int(whole.sum())]] += 1
+    return [int(n) for n in whole]
+
+
+def floors_of_sets(real: Real, sets: list[Fake]) -> dict[str, Any]:
+    """Mean and sd over sets of real images, of each metric that depends on N; null where there is no set."""
     measured = {name: [metric.measure(real, each) for each in sets] for name, metric in METRICS.items() if metric.depends_on_n}
-    return {"draws": draws} | {name: _mean_and_sd(found) for name, found in measured.items()}
+    return {"draws": len(sets)} | {name: _mean_and_sd(found) for name, found in measured.items()}
 
 
 def floors_of_split(real: Real, split: Fake) -> dict[str, Any]:
@@ -80,9 +102,9 @@ def floors_of_split(real: Real, split: Fake) -> dict[str, Any]:
 
 
 def _mean_and_sd(measured: list[Measured | None]) -> dict[str, float | None] | None:
-    """Of the values, whatever their own errors; null where one has no meaning, and no sd of a single one."""
+    """Of the values, whatever their own errors; null where there is none or one has no meaning, and no sd of a single one."""
     values = [found[0] for found in measured if found]
-    if len(values) < len(measured):
+    if not values or len(values) < len(measured):
         return None
     return {"value": float(np.mean(values)), "error": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 

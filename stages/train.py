@@ -1,7 +1,8 @@
 """Train one network: it serves the cells of every T of its dataset, schedule and seed.
 
-Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, the average at each quarter of
-the last phase, previews.zip with a grid before it and one for each report, and the loss curve.
+Reads the train split, and the validation split for the validation loss. Writes the final average of the weights (what gets
+sampled), the raw ones, the average at each quarter of the last phase, previews.zip with a grid before it and one for each report,
+and the loss curve.
 
     python -m stages.train mnist-cosine-0
 """
@@ -91,12 +92,11 @@ def main(
 
 
 class Split(NamedTuple):
-    """The train split on the device: (N, 1, H, W) uint8 images, (N,) int64 labels, the rows to train on and to hold out."""
+    """On the device: (N, C, H, W) uint8 images to train on, (N,) int64 labels, and the same of those that are held out."""
 
     images: Tensor
     labels: Tensor
-    rows: Tensor
-    held_out: Tensor
+    held_out: tuple[Tensor, Tensor]
     class_names: list[str]
 
     @property
@@ -176,8 +176,7 @@ def _train(job: Job, listener: Listener, checkpoint_seconds: float) -> None:
     watch, saved = Stopwatch(state.step, job.record.seconds), time.perf_counter()
     steps = range(state.step + 1, timetable.end + 1)
     for step in progress(steps, total=timetable.end, initial=state.step, unit="step", label=job.name):
-        index = batch_of_step(step, state.recipe.batch, len(split.rows), state.seed, split.rows.device)
-        chosen = split.rows[index]
+        chosen = batch_of_step(step, state.recipe.batch, len(split.labels), state.seed, split.labels.device)
         train_step(state, (split.images[chosen], split.labels[chosen]), step)
 
         # Losses stay on the device until somebody looks, so that no step waits for the one before it.
@@ -201,9 +200,7 @@ def _train(job: Job, listener: Listener, checkpoint_seconds: float) -> None:
 def _report(job: Job, train_loss: float, rate: float) -> Path:
     """Measure how the network does and draw a preview, whose path is returned; the next report's losses begin here."""
     state, split, record = job.state, job.split, job.record
-    val_loss = validate(
-        state.errors_of, state.average, split.images[split.held_out], split.labels[split.held_out], len(state.alpha_bar)
-    )
+    val_loss = validate(state.errors_of, state.average, *split.held_out, len(state.alpha_bar))
     row: dict[str, float] = {"step": state.step, "images": state.step * state.recipe.batch, "lr": rate_of_step(state, state.step)}
     row |= {"train_loss": train_loss, "val_loss": val_loss}
     record.curve.append({key: float(significant(value)) for key, value in row.items()})
@@ -341,21 +338,23 @@ def _fingerprints(
     But for the machine, which the state itself tells.
     """
     code = CODE if train.shared else (*CODE, f"diffusion/schedules/{training.schedule}")
-    files = [paths.prepared(training.dataset) / "train.safetensors", *(Path(__file__).parent / f"{name}.py" for name in code)]
+    folder = paths.prepared(training.dataset)
+    files = [folder / "train.safetensors", folder / "validation.safetensors"]
+    files += [Path(__file__).parent / f"{name}.py" for name in code]
     values = [training.dataset, levels_name(training, train), training.seed, diffusion.model_dump(), network.model_dump()]
     values.append(train.model_dump(exclude={"images"}))
     return [checkpoint.fingerprint(files, *values, train.images[: k + 1]) for k in range(len(train.images))]
 
 
 def _split(dataset: str, held_out: int, device: torch.device) -> Split:
-    """The train split. Held out is of every class its share, the same in every cell, and never trained on."""
-    path = paths.prepared(dataset) / "train.safetensors"
-    split, about = load_tensors(path)
-    images, labels = split["images"].to(device), split["labels"].to(device)
-    if held_out >= len(images):
-        raise UserError(f"train.validation_images = {held_out} must be less than the {len(images)} images of {path}")
-    order = balanced_order(labels.cpu(), torch.Generator().manual_seed(0)).to(device)
-    return Split(images, labels, order[held_out:], order[:held_out], about["class_names"])
+    """The train split, and so many images of the validation split: of every class its share, the same in every cell."""
+    files = [paths.prepared(dataset) / f"{name}.safetensors" for name in ("train", "validation")]
+    (train, about), (validation, _) = map(load_tensors, files)
+    if held_out > (n := len(validation["labels"])):
+        raise UserError(f"train.validation_images = {held_out} must be at most {n}, the images of {files[1]}")
+    rows = balanced_order(validation["labels"], torch.Generator().manual_seed(0))[:held_out]
+    picked = validation["images"][rows].to(device), validation["labels"][rows].to(device)
+    return Split(train["images"].to(device), train["labels"].to(device), picked, about["class_names"])
 
 
 def _finite_mean(losses: Tensor, step: int) -> float:

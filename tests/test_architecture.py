@@ -323,7 +323,7 @@ def promised(stage: str) -> set[str]:
 
     made = {
         "fetch": {str(paths.raw(name))},
-        "prepare": files(paths.prepared, "train.safetensors", "test.safetensors", "dataset.json")
+        "prepare": files(paths.prepared, *(f"{name}.safetensors" for name in ("train", "validation", "test")), "dataset.json")
         | files(paths.data_figures, "noising.png", "samples.png"),
         "extractor": {str(paths.extractor(name)), str(paths.scores(stage, name))},
         "reference": {str(paths.reference(name)), str(paths.scores(stage, name))},

@@ -23,6 +23,7 @@ from stages.drawing.network import load_network
 from stages.drawing.weights import load_tensors
 from stages.errors import UserError
 from stages.fidelity.rounding import rounded
+from stages.fidelity.sets import Fake
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 from stages.pipeline.checkpoint import save_tensors
@@ -31,7 +32,8 @@ from stages.pipeline.files import read_json
 ROOT = Path(__file__).parents[1]
 SIZE, CLASSES, N = 16, 3, 200
 EXTRACTOR = params.Extractor(images=1600, batch=32, lr=3e-3, seed=0)
-EVALUATE = params.Evaluate(images=96, draws=2, logsnr=[-2.0, 0.0, 3.0], min_scored=50)
+EVALUATE = params.Evaluate(images=96, draws=2, logsnr=[-2.0, 0.0, 3.0], min_scored=50, seed=0)
+SIZES = (N, 20, N // 4, 50, 1)  # of the fast, the T-step and the snapshot sets, from where on they are scored; threads
 NETWORK = params.Network(
     stem_resolution=16,
     base_channels=8,
@@ -87,10 +89,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tree")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for split, drawn in (("train", bars(2 * N + 50, seed=0)), ("test", bars(120, seed=1))):
-            save_tensors(paths.prepared("bars") / f"{split}.safetensors", drawn, class_names=["top", "middle", "bottom"])
+        for split, n, seed in (("train", 2 * N, 0), ("validation", 2 * N + 50, 6), ("test", 120, 1)):
+            names = ["top", "middle", "bottom"]
+            save_tensors(paths.prepared("bars") / f"{split}.safetensors", bars(n, seed), class_names=names)
         extractor.main("bars", EXTRACTOR, 1)
-        reference.main("bars", N, N // 4, 1)
+        reference.main("bars", *SIZES)
         yield folder
 
 
@@ -100,12 +103,12 @@ def score(drawn: dict[str, Tensor], min_scored: int = 50) -> dict[str, Any]:
 
 def test_images_without_labels_are_told_apart_by_how_they_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for split, n in (("train", 2 * N + 50), ("test", 120)):
+    for split, n in (("train", 2 * N + 50), ("validation", 2 * N), ("test", 120)):
         drawn = bars(n, seed=n)
         drawn["labels"] *= 0
         save_tensors(paths.prepared("flat") / f"{split}.safetensors", drawn, class_names=["unlabelled"])
     extractor.main("flat", EXTRACTOR, 1)
-    reference.main("flat", N, N // 4, 1)
+    reference.main("flat", *SIZES)
     images = bars(N, seed=7)["images"]
     labels = torch.zeros(N, dtype=torch.int64)
     judge = evaluate.Judge.load("flat")
@@ -141,9 +144,10 @@ def test_extractor_stops_at_a_loss_that_is_no_number() -> None:
         extractor.fit(train["images"], train["labels"], CLASSES, EXTRACTOR.model_copy(update={"lr": 1e30}))
 
 
-def test_reference_measures_disjoint_draws_of_n(tree: Path) -> None:
+def test_reference_measures_disjoint_draws_of_n_validation_images(tree: Path) -> None:
     floors = read_json(paths.scores("reference", "bars"))
-    assert floors["test_images"] == 120
+    assert (floors["test_images"], floors["validation_images"]) == (120, 450)
+    assert floors["sets"].keys() == {str(N), str(N // 4)}  # 20 are not scored
     few, many = floors["sets"][str(N // 4)], floors["sets"][str(N)]
     assert (few["draws"], many["draws"]) == (8, 2)
     assert few["fid"]["value"] > many["fid"]["value"] > 0 < many["fid"]["error"]  # FID falls with N
@@ -162,9 +166,71 @@ def test_every_stretch_of_the_balanced_order_holds_the_classes_at_their_frequenc
     assert not within.equal(within.sort().values)
 
 
-def test_reference_refuses_more_images_than_there_are(tree: Path) -> None:
-    with pytest.raises(UserError, match=r"sample.images = 451 must be at most 450"):
-        reference.main("bars", 451, 50, 1)
+def test_sets_are_disjoint_and_at_the_frequencies_of_the_test_split() -> None:
+    like = torch.tensor([0] * 50 + [1] * 31 + [2] * 19)
+    labels = torch.tensor([0] * 400 + [1] * 200 + [2] * 400)
+    rows = torch.arange(1000)
+    images = Fake(rows[:, None].float(), torch.zeros(1000, 3), labels)
+    sets = reference.draws_of(images, like, 100)
+    assert [each.labels.bincount().tolist() for each in sets] == [[50, 31, 19]] * 6  # 200 // 31
+    drawn = torch.cat([each.features[:, 0].long() for each in sets])
+    assert len(drawn.unique()) == 600
+    assert all(torch.equal(labels[each.features[:, 0].long()], each.labels) for each in sets)
+    assert len(reference.draws_of(images, like, 10)) == reference.DRAWS
+    # What one set has too much of a class the next has too little: 15.5 images of class 1 in 50, 13 sets of 50 need 201.5.
+    assert [each.labels.bincount().tolist() for each in reference.draws_of(images, like, 50)[:2]] == [[25, 16, 9], [25, 15, 10]]
+    assert len(reference.draws_of(images, like, 645)) == 1  # 199.95 of class 1
+    assert reference.draws_of(images, like, 649) == []  # 201.2
+
+
+def test_counts_have_the_largest_remainders_rounded_up() -> None:
+    like = torch.tensor([0] * 5 + [1] * 3 + [3] * 2)
+    assert reference.counts_at(like, 10) == [5, 3, 0, 2]
+    assert reference.counts_at(like, 4) == [2, 1, 0, 1]  # 2, 1.2, 0, .8
+    assert reference.counts_at(like, 1001) == [501, 300, 0, 200]  # 500.5, 300.3, 0, 200.2
+
+
+def test_a_floor_that_the_validation_split_cannot_give_is_null(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for made in ("data", "models"):
+        shutil.copytree(tree / made, tmp_path / made)
+    monkeypatch.chdir(tmp_path)
+    reference.main("bars", 10 * N, 20, N // 4, 20, 1)
+    sets = read_json(paths.scores("reference", "bars"))["sets"]
+    assert sets[str(10 * N)] == {"draws": 0, "fid": None, "class_tv": None, "precision": None, "recall": None}
+    assert sets["20"]["draws"] == reference.DRAWS  # the T-step set is scored here
+    assert evaluate.Judge.load("bars").floor("fid", 10 * N) is None
+    assert evaluate.Judge.load("bars").floor("fid", 20) == sets["20"]["fid"]["value"]
+
+
+def test_train_images_do_not_reach_the_reference_and_validation_images_do(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made in ("data", "models"):
+        shutil.copytree(tree / made, tmp_path / made)
+    monkeypatch.chdir(tmp_path)
+    before = read_json(tree / paths.scores("reference", "bars"))
+    (paths.prepared("bars") / "train.safetensors").unlink()
+    reference.main("bars", *SIZES)
+    assert read_json(paths.scores("reference", "bars")) == before
+    save_tensors(
+        paths.prepared("bars") / "validation.safetensors", bars(2 * N + 50, seed=8), class_names=["top", "middle", "bottom"]
+    )
+    reference.main("bars", *SIZES)
+    after = read_json(paths.scores("reference", "bars"))
+    assert after["sets"] != before["sets"]
+    assert {name: after[name] for name in ("accuracy", "class_frequencies")} == {
+        name: before[name] for name in ("accuracy", "class_frequencies")
+    }
+
+
+def test_the_seed_of_evaluate_picks_images_and_noise(tree: Path) -> None:
+    cell = params.Cell("bars", "cosine", 50, 0)
+    save_network(cell)
+    first, same, other = (evaluate.measure_losses(cell, EVALUATE.model_copy(update={"seed": seed})) for seed in (0, 0, 1))
+    assert first == same
+    assert first["eps_mse"] != other["eps_mse"]
+    error = (first["eps_mse"]["error"] ** 2 + other["eps_mse"]["error"] ** 2) ** 0.5
+    assert first["eps_mse"]["value"] == pytest.approx(other["eps_mse"]["value"], abs=4 * error)
 
 
 def test_real_images_score_near_the_floor_and_spoilt_ones_do_not(tree: Path) -> None:
@@ -369,7 +435,7 @@ from stages.pipeline import params
 from stages.tracking import results
 
 cell = params.Cell("bars", "cosine", 50, 0)
-reference.main("bars", N, N // 4, 1)
+reference.main("bars", *SIZES)
 evaluate.main(cell, params.Evaluate(**EVALUATE), 1)
 print(json.dumps(results.row(cell)))
 """
@@ -386,7 +452,7 @@ def evaluated(tree: Path, folder: Path, added: dict[str, tuple[str, str]]) -> di
         head, opening, rest = metrics.read_text().partition("METRICS = {\n")
         assert opening
         metrics.write_text(f"{head}from stages.fidelity.{name} import {name}\n\n{opening}    {line},\n{rest}")
-    code = f"N, EVALUATE = {N}, {EVALUATE.model_dump()}\n{EVALUATED}"
+    code = f"SIZES, EVALUATE = {SIZES}, {EVALUATE.model_dump()}\n{EVALUATED}"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))

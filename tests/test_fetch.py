@@ -14,9 +14,19 @@ from stages.errors import UserError
 from stages.pipeline import params, paths, sources
 
 ROOT = Path(__file__).parents[1]
-GLYPHS = params.GlyphsData(reader="glyphs", size=16, train_images=42, test_images=42, seed=0)
+GLYPHS = params.GlyphsData(reader="glyphs", size=16, train_images=42, validation_images=42, test_images=42, seed=0)
 MINE = params.FolderData(
-    reader="folder", path="mine", licence="my own", size=16, invert=False, pad=True, test_share=0.2, seed=0, strict=False
+    reader="folder",
+    path="mine",
+    licence="my own",
+    size=16,
+    invert=False,
+    pad=True,
+    strict=False,
+    group=None,
+    validation_share=0.1,
+    test_share=0.2,
+    seed=0,
 )
 
 

@@ -287,7 +287,7 @@ def test_no_parameter_reaches_a_shell(tree: Path, seeds: str) -> None:
 def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
     section = (
         "  letters: {reader: folder, path: PLACE, licence: x, size: 16, "
-        "invert: false, pad: true, test_share: 0.3, seed: 0, strict: false}"
+        "invert: false, pad: true, group: null, validation_share: 0.1, test_share: 0.3, seed: 0, strict: false}"
     )
     pictures = tree / "data/raw/letters"
     for y in "ab":

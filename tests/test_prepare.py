@@ -16,14 +16,17 @@ from stages.drawing.weights import load_tensors
 from stages.pipeline import files, params, paths
 from stages.pipeline.files import read_json
 
-LOOK = {"licence": "mine", "size": 16, "invert": False, "pad": True, "test_share": 0.5, "seed": 0, "strict": False}
+LOOK = {"licence": "mine", "size": 16, "invert": False, "pad": True, "group": None, "strict": False}
+SHARES = {"validation_share": 0.25, "test_share": 0.25, "seed": 0}
+LOOK |= SHARES
 SECTIONS: dict[str, params.DataSection] = {
     "mnist": params.MnistData(reader="mnist", size=28, path=None),
-    "glyphs": params.GlyphsData(reader="glyphs", size=16, train_images=90, test_images=43, seed=0),
-    "hoda": params.HodaData(reader="hoda", path="hoda", size=16, test_share=0.5, seed=0),
+    "glyphs": params.GlyphsData(reader="glyphs", size=16, train_images=90, validation_images=44, test_images=43, seed=0),
+    "hoda": params.HodaData(reader="hoda", path="hoda", size=16, **SHARES),
     "archive": params.ArchiveData(reader="archive", path="archive", url=None, drive=None, sha256=None, **LOOK),
     "folder": params.FolderData(reader="folder", path="folder", **LOOK),
 }
+SPLITS = ("train", "validation", "test")
 SECTIONS["mix"] = params.MixData(reader="mix", of={"one": SECTIONS["glyphs"], "two": SECTIONS["folder"]})
 
 
@@ -63,7 +66,7 @@ def reader(request, tmp_path, monkeypatch) -> str:
     raw.mkdir()
     if request.param == "mnist":
         rng = np.random.default_rng(0)
-        for split, n in (("train", 30), ("t10k", 12)):
+        for split, n in (("train", 60), ("t10k", 12)):
             (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (n, 28, 28))))
             (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 9, n)))  # no nine
         table = {file.name: mnist.Published(file.stat().st_size, digest(file)) for file in raw.iterdir()}
@@ -93,18 +96,19 @@ def test_prepared_tensors_and_what_is_said_of_them(reader, tmp_path):
     stray.touch()
     prepare.main(reader, SECTIONS[reader])
     folder = paths.prepared(reader)
-    assert {file.name for file in folder.iterdir()} == {"train.safetensors", "test.safetensors", "dataset.json", "stray"}
+    assert {file.name for file in folder.iterdir()} == {*(f"{name}.safetensors" for name in SPLITS), "dataset.json", "stray"}
     about = read_json(folder / "dataset.json")
     assert set(about) - {"dropped_files", "of"} == {
         *("reader", "synthetic", "licence", "source_sha256", "size", "class_names"),
-        *("images", "images_per_class", "pixel_mean", "pixel_std", "split", "dropped", "duplicates"),
+        *("images", "images_per_class", "pixel_mean", "pixel_std", "split", "dropped", "duplicates", "nearly_equal"),
     }, "no date, host, path or route"
     assert about["reader"] == reader
     assert about["synthetic"] == (reader in ("glyphs", "mix"))
     raw = tmp_path / "raw"
     files = [file for file in raw.rglob("*") if file.is_file()]
     assert about["source_sha256"] == {str(file.relative_to(raw)): digest(file) for file in files}
-    for split in ("train", "test"):
+    pixels: list[bytes] = []
+    for split in SPLITS:
         tensors, described = load_tensors(folder / f"{split}.safetensors")
         assert described["class_names"] == about["class_names"]
         images, labels = tensors["images"], tensors["labels"]
@@ -114,7 +118,9 @@ def test_prepared_tensors_and_what_is_said_of_them(reader, tmp_path):
         assert labels.shape == images.shape[:1]
         counts = [int((labels == y).sum()) for y in range(len(about["class_names"]))]
         assert counts == about["images_per_class"][split]
-        assert sum(counts) == about["images"][split]
+        assert sum(counts) == about["images"][split] > 0
+        pixels += {image.numpy().tobytes() for image in images}
+    assert len(set(pixels)) == len(pixels), "an image is in two splits"
 
 
 def test_preparing_again_gives_the_same_bytes(reader):

@@ -33,8 +33,7 @@ def sections(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (48, 1, 8, 8), generator=rng, dtype=torch.uint8)
-    split = {"images": images, "labels": torch.arange(48) % 2}
-    checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", split, class_names=["a", "b"])
+    save_splits(images, torch.arange(48) % 2, ["a", "b"])
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
         "shared": False, "timesteps": None, "threads": 1, "images": 64, "longer": {}, "batch": 8, "optimizer": "muon", "lr": 1e-3,
@@ -48,6 +47,14 @@ def sections(tmp_path, monkeypatch):
         params.Runtime(experiment="test", checkpoint_seconds=0.0),
         Mock(spec=Listener),
     )
+
+
+def save_splits(images, labels, class_names):
+    """Two of three images are to train on, the third to validate on."""
+    rows = torch.arange(len(images)) % 3 == 2
+    for name, chosen in (("train", ~rows), ("validation", rows)):
+        tensors = {"images": images[chosen], "labels": labels[chosen]}
+        checkpoint.save_tensors(paths.prepared("toy") / f"{name}.safetensors", tensors, class_names=class_names)
 
 
 def changed(sections, **options):
@@ -156,16 +163,16 @@ def test_a_listener_hears_of_every_report(sections):
     assert [seconds_left > 0 for *_, seconds_left in points] == [True, True, True, False]
 
 
-def test_holding_out_everything_is_refused(sections):
-    with pytest.raises(UserError, match=r"train.validation_images = 48 must be less than the 48 images"):
-        train.main(NETWORK, *changed(sections, validation_images=48))
+def test_more_validation_images_than_there_are_are_refused(sections):
+    train.main(NETWORK, *changed(sections, validation_images=16))
+    with pytest.raises(UserError, match=r"train.validation_images = 17 must be at most 16, the images of .*validation.safetensors"):
+        train.main(NETWORK, *changed(sections, validation_images=17))
 
 
-def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_is_trained_on(sections, monkeypatch):
+def test_every_step_draws_its_own_noise_and_label_dropout_and_the_splits_are_kept_apart(sections, monkeypatch):
     """Images of one class lie together, each of one grey, by which it is recognised."""
     images = torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1).expand(48, 1, 8, 8)
-    split = {"images": images, "labels": torch.arange(48) // 12}
-    checkpoint.save_tensors(paths.prepared("toy") / "train.safetensors", split, class_names=list("abcd"))
+    save_splits(images, torch.arange(48) // 12, list("abcd"))
     q_sample, forward = process.q_sample, UNet.forward
     trained, validated, noise, told = [], [], [], []
 
@@ -184,10 +191,13 @@ def test_every_step_draws_its_own_noise_and_label_dropout_and_nothing_held_out_i
     monkeypatch.setattr(process, "q_sample", watched)
     monkeypatch.setattr(UNet, "forward", listening)
     for seed in (3, 4):
-        train.main(params.Training("toy", "cosine", seed), *changed(sections, images=[1600], label_dropout=0.25))
+        train.main(
+            params.Training("toy", "cosine", seed), *changed(sections, images=[1600], label_dropout=0.25, validation_images=12)
+        )
     held_out = set(validated)
-    assert [sum(grey // 12 == label for grey in held_out) for label in range(4)] == [4] * 4  # of every class its share
-    assert set(trained) == set(range(48)) - held_out
+    assert [sum(grey // 12 == label for grey in held_out) for label in range(4)] == [3] * 4  # of every class its share
+    assert held_out < set(range(2, 48, 3))
+    assert set(trained) == set(range(48)) - set(range(2, 48, 3))
     assert {y for grey, y in zip(trained, told, strict=True) if y != grey // 12} == {4}  # the label, or none
     assert np.mean(np.array(told) == 4) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 3200) ** 0.5)
     values = torch.stack(noise)
@@ -368,10 +378,11 @@ def test_a_state_without_a_hash_or_of_another_shape_is_not_gone_on_from(sections
 def test_other_settings_data_or_code_start_over(sections, killed_at, monkeypatch):
     killed_at(5)
     assert killed_at(3, changed(sections, lr=2e-3)) == [1, 2]
-    path = paths.prepared("toy") / "train.safetensors"
-    split, _ = checkpoint.load_tensors(path)
-    checkpoint.save_tensors(path, {"images": split["images"].flip(0), "labels": split["labels"]}, class_names=["a", "b"])
-    assert killed_at(3) == [1, 2]
+    for name in ("train", "validation"):
+        path = paths.prepared("toy") / f"{name}.safetensors"
+        split, _ = checkpoint.load_tensors(path)
+        checkpoint.save_tensors(path, {"images": split["images"].flip(0), "labels": split["labels"]}, class_names=["a", "b"])
+        assert killed_at(3) == [1, 2]
     monkeypatch.setattr(checkpoint, "md5", lambda path: "changed" if path.name == "unet.py" else "same")
     assert killed_at(3) == [1, 2]
 

@@ -1,6 +1,7 @@
 """A zip archive of images that are labelled by their names: `<label>.<anything>.png`, anywhere in it."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -45,19 +46,33 @@ def fetch(folder: Path, *, path: str | None, url: str | None, drive: str | None,
         _check_sha256(folder / FILE, sha256, label)
 
 
-def read(folder: Path, *, size: int, invert: bool, pad: bool, strict: bool, test_share: float, seed: int, **_: object) -> Dataset:
-    """The images of archive.zip, divided into train and test by what they show; the classes are the labels, in rising order.
+def read(
+    folder: Path,
+    *,
+    size: int,
+    invert: bool,
+    pad: bool,
+    strict: bool,
+    group: str | None,
+    validation_share: float,
+    test_share: float,
+    seed: int,
+    **_: object,
+) -> Dataset:
+    """The images of archive.zip, divided by what they show or by group; the classes are the labels, in rising order.
 
     A label is what stands before the first dot of a file's name: digits of any script, so that 5, 05 and ۵ are one class.
 
     Args:
         size, invert, pad: see pictures.Shape.
         strict: True: an image that cannot be read, or has no label, is an error; False: it is dropped, unless many are.
-        test_share, seed: see splits.split.
+        group: a regular expression; the one group in it tells from an image's path, as it is in the archive, to which group the
+            image belongs, such as its writer; None: each image is its own.
+        validation_share, test_share, seed: see splits.split.
 
     Raises:
         UserError: archive.zip is missing, damaged, unsafe or empty; an image is unreadable and `strict`, or too many are; a
-            class has too few.
+            class has too few; `group` tells no group of an image.
     """
     with zips.opened(folder / FILE) as archive:
         members = zips.members(archive, str(folder / FILE))
@@ -74,6 +89,8 @@ def read(folder: Path, *, size: int, invert: bool, pad: bool, strict: bool, test
         refused,
         shape=pictures.Shape(size, invert, pad),
         strict=strict,
+        group=group,
+        validation_share=validation_share,
         test_share=test_share,
         seed=seed,
     )
@@ -88,14 +105,25 @@ def labelled(
     *,
     shape: pictures.Shape,
     strict: bool,
+    group: str | None,
+    validation_share: float,
     test_share: float,
     seed: int,
 ) -> Dataset:
     """The dataset of an archive's images, each with the place of its class in `class_names`. For the rest see `read`."""
+    groups = None if group is None else [_group_of(name, group) for name in members.names]
     images, kept, dropped = pictures.read_all(archive, members, **shape._asdict(), strict=strict, refused=refused)
     y = torch.tensor(labels, dtype=torch.int64)[kept]
-    data = split(images, y, class_names, test_share=test_share, seed=seed)
-    return data._replace(report={**data.report, **dropped})
+    data = split(
+        images,
+        y,
+        class_names,
+        groups=groups and [groups[i] for i in kept],
+        validation_share=validation_share,
+        test_share=test_share,
+        seed=seed,
+    )
+    return data._replace(report=data.report | dropped | {"dropped": dropped["dropped"] | data.report["dropped"]})
 
 
 def label_of(name: str) -> int | None:
@@ -106,6 +134,13 @@ def label_of(name: str) -> int | None:
     """
     start = name.rpartition("/")[2].partition(".")[0]
     return int(start) if start.isdecimal() and len(start) <= LONGEST else None
+
+
+def _group_of(name: str, group: str) -> str:
+    found = re.search(group, name)
+    if found is None or found[1] is None:
+        raise UserError(f"group = {group!r} says nothing of {name!r}; it must match the path of every image")
+    return found[1]
 
 
 def _check(path: Path, label: str) -> None:

@@ -22,8 +22,20 @@ def fetch(folder: Path, *, path: str, **_: object) -> None:
     _load(folder / FILE, label)
 
 
-def read(folder: Path, *, size: int, invert: bool, pad: bool, strict: bool, test_share: float, seed: int, **_: object) -> Dataset:
-    """The images of images.zip, divided into train and test by what they show; the classes are the sub-folders, sorted.
+def read(
+    folder: Path,
+    *,
+    size: int,
+    invert: bool,
+    pad: bool,
+    strict: bool,
+    group: str | None,
+    validation_share: float,
+    test_share: float,
+    seed: int,
+    **_: object,
+) -> Dataset:
+    """The images of images.zip, divided by what they show or by group; the classes are the sub-folders, sorted.
 
     What lies in deeper sub-folders belongs to the class of the first level. Images that lie in no sub-folder are one class.
 
@@ -31,7 +43,7 @@ def read(folder: Path, *, size: int, invert: bool, pad: bool, strict: bool, test
 
     Raises:
         UserError: images.zip is missing or damaged; a class has too few images; an image is unreadable and `strict`, or too many
-            are.
+            are; `group` tells no group of an image.
     """
     members, classes = _load(folder / FILE)
     place = {name: y for y, name in enumerate(classes)}
@@ -43,6 +55,8 @@ def read(folder: Path, *, size: int, invert: bool, pad: bool, strict: bool, test
         [],
         shape=pictures.Shape(size, invert, pad),
         strict=strict,
+        group=group,
+        validation_share=validation_share,
         test_share=test_share,
         seed=seed,
     )

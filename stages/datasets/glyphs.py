@@ -23,7 +23,7 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import center_of_mass, distance_transform_edt, label
 from torch import Tensor
 
-from stages.datasets.splits import Dataset, published
+from stages.datasets.splits import Dataset, dataset
 from stages.errors import UserError
 
 LICENCE = "pen strokes of this repository, and fonts under the SIL Open Font License 1.1 and the Bitstream Vera (DejaVu) licence"
@@ -221,6 +221,7 @@ LARGEST = 1.8  # times that scale for a glyph that leaves room
 KNOTS = (4, 10)  # per side, of the random grids that coarse and fine variation is interpolated from
 WRITTEN = 0.7  # share of images drawn from STROKES rather than a font
 BATCH = 256  # images warped at once
+STREAMS = {"train": (0, 2), "validation": (4, 3), "test": (1, 3)}  # of random numbers: for the images, and for their labels
 
 Mask = NDArray[np.bool_]  # (FIELD, FIELD), ink is True
 Points = NDArray[np.float64]  # (points, 2): x, y in pixels of the field
@@ -240,11 +241,11 @@ def fetch(folder: Path, **_: object) -> None:
                 archive.writestr(zipfile.ZipInfo(f"{package}/{name}", (1980, 1, 1, 0, 0, 0)), path.read_bytes())
 
 
-def read(folder: Path, *, size: int, train_images: int, test_images: int, seed: int) -> Dataset:
-    """A train split, a test split, and the class names: the characters.
+def read(folder: Path, *, size: int, train_images: int, validation_images: int, test_images: int, seed: int) -> Dataset:
+    """Three splits, and the class names: the characters.
 
     Image i of a split depends on (seed, split, i) alone and is by a hand of its own. Every block of 42 images holds each class
-    once, shuffled.
+    once, shuffled; validation has the labels of test, as far as it goes.
 
     Returns:
         images: (N, 1, size, size) uint8, dark ink on light paper; labels: (N,) int64 in 0..41.
@@ -253,9 +254,9 @@ def read(folder: Path, *, size: int, train_images: int, test_images: int, seed: 
         UserError: fonts.zip is missing or damaged, or one of its fonts lacks a glyph.
     """
     fields, forms = _load_fields(folder / "fonts.zip")
-    train = _draw_split(fields, forms, size, train_images, seed, 0)
-    test = _draw_split(fields, forms, size, test_images, seed, 1)
-    return published(train, test, CLASS_NAMES)
+    counts = {"train": train_images, "validation": validation_images, "test": test_images}
+    train, validation, test = (_draw_split(fields, forms, size, count, seed, name) for name, count in counts.items())
+    return dataset(train, validation, test, CLASS_NAMES, how="each drawn by itself")
 
 
 def _package_files(package: str, pattern: str) -> dict[str, Path]:
@@ -425,18 +426,19 @@ def _rng(seed: int, stream: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
 
 
-def _balanced_labels(count: int, seed: int, split: int) -> Tensor:
+def _balanced_labels(count: int, seed: int, stream: int) -> Tensor:
     blocks = -(-count // len(CLASS_NAMES))
-    order = np.concatenate([_rng(seed, 2 + split, block).permutation(len(CLASS_NAMES)) for block in range(blocks)])
+    order = np.concatenate([_rng(seed, stream, block).permutation(len(CLASS_NAMES)) for block in range(blocks)])
     return torch.from_numpy(order[:count].astype(np.int64))
 
 
-def _draw_split(fields: Tensor, forms: Forms, size: int, count: int, seed: int, split: int) -> tuple[Tensor, Tensor]:
-    labels = _balanced_labels(count, seed, split)
+def _draw_split(fields: Tensor, forms: Forms, size: int, count: int, seed: int, split: str) -> tuple[Tensor, Tensor]:
+    stream, stream_of_labels = STREAMS[split]
+    labels = _balanced_labels(count, seed, stream_of_labels)
     images = torch.empty(count, 1, size, size, dtype=torch.uint8)
     for start in range(0, count, BATCH):
         batch = slice(start, min(start + BATCH, count))
-        draws = [_draw(_rng(seed, split, i), forms[labels[i]], size) for i in range(batch.start, batch.stop)]
+        draws = [_draw(_rng(seed, stream, i), forms[labels[i]], size) for i in range(batch.start, batch.stop)]
         chosen, *rest = (torch.from_numpy(np.stack(part)) for part in zip(*draws, strict=True))
         images[batch] = _ink(fields[chosen][:, None], *rest)
     return images, labels

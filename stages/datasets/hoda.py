@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.datasets.splits import Dataset, Split, published, split
+from stages.datasets.splits import Dataset, Split, dataset, share_out, split
 from stages.errors import UserError
 
 LICENCE = "free for research, non-commercial; Khosravi & Kabir 2007"
@@ -76,11 +76,11 @@ def fetch(folder: Path, *, path: str | None, **_: object) -> None:
             raise UserError(f"{target}: {error.strerror or error}") from None
 
 
-def read(folder: Path, *, size: int, test_share: float, seed: int, **_: object) -> Dataset:
-    """All digits of the .cdb files in a folder.
+def read(folder: Path, *, size: int, validation_share: float, test_share: float, seed: int, **_: object) -> Dataset:
+    """All digits of the .cdb files in a folder. The files do not say who wrote a digit.
 
-    With the published training and test file among them the split is the published one, and the images of any further files are
-    trained on; else it is one of all images, by `test_share` and `seed`.
+    With the published training and test file among them the test split is the published one, and `validation_share` of all other
+    images is to validate on; else the split is one of all images, by both shares and the seed.
 
     Returns:
         images: (N, 1, size, size) uint8, black ink on white, see `place`; labels: (N,) int64 in 0..9.
@@ -91,8 +91,12 @@ def read(folder: Path, *, size: int, test_share: float, seed: int, **_: object) 
     files = [_opened(path) for path in _cdb_files(folder, str(folder))]
     train, test = (_first(files, start, count) for start, count in PUBLISHED.items())
     if train is None or test is None:
-        return split(*_placed(files, size), CLASS_NAMES, test_share=test_share, seed=seed)
-    return published(_placed([file for file in files if file is not test], size), _placed([test], size), CLASS_NAMES)
+        images, labels = _placed(files, size)
+        return split(images, labels, CLASS_NAMES, validation_share=validation_share, test_share=test_share, seed=seed)
+    rest = _placed([file for file in files if file is not test], size)
+    to_train, to_validate = share_out(rest, CLASS_NAMES, share=validation_share, seed=seed)
+    how = f"published; {validation_share:.0%} of the other images, by a hash of their pixels and seed {seed}, are to validate on"
+    return dataset(to_train, to_validate, _placed([test], size), CLASS_NAMES, how=how)
 
 
 def digits(content: bytes, name: str) -> Iterator[tuple[int, Ink]]:

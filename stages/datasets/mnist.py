@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.datasets.splits import Dataset, published
+from stages.datasets.splits import Dataset, count_out, dataset
 from stages.errors import UserError
 
 LICENCE = "CC BY-SA 3.0, Yann LeCun and Corinna Cortes"
@@ -62,7 +62,7 @@ def fetch(folder: Path, *, path: str | None, **_: object) -> None:
 
 
 def read(folder: Path, **_: object) -> Dataset:
-    """The published train and test split.
+    """The published test split; as many published train images, of every class too, are those to validate on.
 
     Returns:
         images: (N, 1, 28, 28) uint8, light ink on black; labels: (N,) int64 in 0..9.
@@ -70,7 +70,10 @@ def read(folder: Path, **_: object) -> Dataset:
     Raises:
         UserError: a file is missing, malformed or not the published one.
     """
-    return published(_split(folder, "train"), _split(folder, "t10k"), CLASS_NAMES)
+    test = _split(folder, "t10k")
+    train, validation = count_out(_split(folder, "train"), test[1].bincount(minlength=len(CLASS_NAMES)), seed=0)
+    how = f"published; {len(validation[1]):,} of the train images, by a hash of their pixels, are to validate on"
+    return dataset(train, validation, test, CLASS_NAMES, how=how)
 
 
 def _split(folder: Path, name: str) -> tuple[Tensor, Tensor]:

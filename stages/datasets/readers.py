@@ -1,14 +1,14 @@
 """The readers of datasets by name: what `data.NAME.reader` in params.yaml may say. And `mix`, which is made of others."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from stages.datasets import archive, folder, glyphs, hoda, mnist
-from stages.datasets.splits import Dataset, Split, published
+from stages.datasets.splits import Dataset, Split, dataset
 from stages.errors import UserError
 
 Options = dict[str, Any]
@@ -58,7 +58,7 @@ def _fetch_mix(raw: Path, *, of: dict[str, Options]) -> None:
 
 
 def _read_mix(raw: Path, *, of: dict[str, Options]) -> Dataset:
-    """All datasets as one. Classes of one name are one class; an image that one tests on and another trains on is tested on."""
+    """All datasets as one, split as each is. Classes of one name are one class; for equal images see `dataset`."""
     class_names: list[str] = []
     parts: list[Dataset] = []
     for name, options in of.items():
@@ -66,17 +66,18 @@ def _read_mix(raw: Path, *, of: dict[str, Options]) -> Dataset:
             parts.append(read(raw / name, options))
         class_names += [y for y in parts[-1].class_names if y not in class_names]
 
-    def joined(splits: list[Split]) -> Split:
+    def joined(splits: Sequence[Split]) -> Split:
         numbers = [torch.tensor([class_names.index(y) for y in part.class_names]) for part in parts]
         labels = [number[y] for number, (_, y) in zip(numbers, splits, strict=True)]
         return torch.cat([images for images, _ in splits]), torch.cat(labels)
 
-    def origin(splits: list[Split]) -> torch.Tensor:
+    def origin(splits: Sequence[Split]) -> torch.Tensor:
         return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(labels) for _, labels in splits]))
 
-    trains, tests = [part.train for part in parts], [part.test for part in parts]
-    mixed = published(joined(trains), joined(tests), class_names, sources=(origin(trains), origin(tests)))
-    return mixed._replace(report=mixed.report | {"split": "of each", "of": {n: p.report for n, p in zip(of, parts, strict=True)}})
+    trains, validations, tests = zip(*(part.splits.values() for part in parts), strict=True)
+    sources = (origin(trains), origin(validations), origin(tests))
+    mixed = dataset(joined(trains), joined(validations), joined(tests), class_names, how="of each", sources=sources)
+    return mixed._replace(report=mixed.report | {"of": {name: part.report for name, part in zip(of, parts, strict=True)}})
 
 
 @contextlib.contextmanager

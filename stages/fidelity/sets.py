@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -42,4 +43,8 @@ class Fake:
 
     def part(self, begin: int, end: int) -> "Fake":
         """The images begin .. end - 1."""
-        return Fake(self.features[begin:end], self.probabilities[begin:end], self.labels[begin:end])
+        return self.take(torch.arange(begin, end))
+
+    def take(self, rows: Tensor) -> "Fake":
+        """The images of these indices, (n,) int64."""
+        return Fake(self.features[rows], self.probabilities[rows], self.labels[rows])

@@ -38,27 +38,27 @@ def main() -> None:
 
 def card(name: str, about: dict[str, Any], picture: Path) -> str:
     """Markdown of one dataset, from its dataset.json."""
-    counts = {split: about["images_per_class"][split] for split in ("train", "test")}
-    n, classes = about["images"], about["class_names"]
-    split = about["split"]
-    how = (
-        f"by a hash of their pixels, {split['test_share']:.0%} to test on, seed {split['seed']}"
-        if isinstance(split, dict)
-        else split
-    )
+    counts = about["images_per_class"]
+    n, near, classes, how = about["images"], about["nearly_equal"], about["class_names"], about["split"]
+    if isinstance(how, dict):
+        shares = f"{how['validation_share']:.0%} to validate on, {how['test_share']:.0%} to test on"
+        how = f"by a hash of their {how['by']}, {shares}, seed {how['seed']}"
     dropped = "; ".join(f"{count:,} × {reason}" for reason, count in about["dropped"].items()) or "none"
     smallest, largest = (f(zip(counts["train"], classes, strict=True)) for f in (min, max))
     facts = {
-        "images": f"{n['train']:,} to train on + {n['test']:,} to test on, {about['size']} × {about['size']} pixels",
+        "images": f"{n['train']:,} to train on + {n['validation']:,} to validate on + {n['test']:,} to test on, "
+        f"{about['size']} × {about['size']} pixels",
         "written by": "a program: synthetic" if about["synthetic"] else "people",
         "licence": about["licence"],
         "split": how,
         "dropped": dropped,
         "equal to another image": f"{about['duplicates']:,}",
+        "nearly equal to one of another split": f"{near['validation']:,} to validate on, {near['test']:,} to test on",
         "classes": f"{len(classes)}; in train from {smallest[0]:,} ({smallest[1]}) to {largest[0]:,} ({largest[1]})",
         "pixels": f"mean {about['pixel_mean']:.3f}, standard deviation {about['pixel_std']:.3f} in [-1, 1]",
     }
-    balance = [f"| {y} | {a:,} | {b:,} |" for y, a, b in zip(classes, counts["train"], counts["test"], strict=True)]
+    rows = zip(classes, *(counts[split] for split in n), strict=True)
+    balance = [f"| {y} | {' | '.join(f'{count:,}' for count in of_class)} |" for y, *of_class in rows]
     files = [f"| {file} | `{digest}` |" for file, digest in about["source_sha256"].items()]
     return "\n".join(
         [
@@ -66,7 +66,7 @@ def card(name: str, about: dict[str, Any], picture: Path) -> str:
             "| | |\n|---|---|",
             *(f"| {what} | {value} |" for what, value in facts.items()),
             "",
-            *_folded("Images of each class", ["| class | train | test |", "|---|---|---|", *balance], len(classes)),
+            *_folded("Images of each class", [f"| class | {' | '.join(n)} |", "|---|---|---|---|", *balance], len(classes)),
             *_folded("Raw files", ["| file | SHA-256 |", "|---|---|", *files], len(files)),
         ]
     )

@@ -46,7 +46,7 @@ def raw(dataset: str) -> Path:
 
 
 def prepared(dataset: str) -> Path:
-    """Folder of train.safetensors, test.safetensors and dataset.json."""
+    """Folder of train, validation and test.safetensors, and dataset.json."""
     return Path("data/prepared") / dataset
 
 

@@ -20,7 +20,8 @@ from stages.datasets.splits import Dataset
 from stages.errors import UserError
 
 NOWHERE = {"path": None, "url": None, "drive": None, "sha256": None}
-READ = {"size": 16, "invert": False, "pad": False, "strict": False, "test_share": 0.25, "seed": 0}
+READ = {"size": 16, "invert": False, "pad": False, "strict": False, "group": None}
+READ |= {"validation_share": 0.2, "test_share": 0.25, "seed": 0}
 
 
 def files_of(N: int = 60, classes: int = 3) -> dict[str, bytes]:
@@ -42,7 +43,7 @@ def read(raw: Path, **options: object) -> Dataset:
 
 
 def same(one: Dataset, two: Dataset) -> bool:
-    tensors = zip((*one.train, *one.test), (*two.train, *two.test), strict=True)
+    tensors = zip(*([x for part in data.splits.values() for x in part] for data in (one, two)), strict=True)
     return all(torch.equal(a, b) for a, b in tensors) and (one.class_names, one.report) == (two.class_names, two.report)
 
 
@@ -184,17 +185,16 @@ def test_images_come_with_their_labels_in_rising_order_of_the_labels(raw):
     zipped(raw / "archive.zip", {f"{label}.{i}.png": encoded(drawn(9 * label + i)) for label in (10, 9, 2) for i in range(9)})
     data = read(raw)
     assert data.class_names == ["2", "9", "10"]
-    (images, labels), (test, y_test) = data.train, data.test
-    assert images.shape[1:] == (1, 16, 16)
-    assert len(images) + len(test) == 27
+    images, labels = (torch.cat(parts) for parts in zip(*data.splits.values(), strict=True))
+    assert images.shape == (27, 1, 16, 16)
     expected = {
         pictures.decode(encoded(drawn(9 * label + i)), size=16, invert=False, pad=False).tobytes(): y
         for y, label in enumerate((2, 9, 10))
         for i in range(9)
     }
-    for image, y in zip(torch.cat([images, test]), torch.cat([labels, y_test]), strict=True):
+    for image, y in zip(images, labels, strict=True):
         assert expected.pop(image.numpy().tobytes()) == y
-    assert data.report["split"] == {"test_share": 0.25, "seed": 0}
+    assert data.report["split"] == {"by": "pixels", "validation_share": 0.2, "test_share": 0.25, "seed": 0}
     assert data.report["dropped"] == {}
 
 
@@ -206,7 +206,7 @@ def test_digits_of_any_script_are_one_class(raw):
 def test_options_reach_the_pictures(raw):
     zipped(raw / "archive.zip", files_of())
     plain, inverted = read(raw, pad=True), read(raw, pad=True, invert=True)
-    pixels = [np.sort(torch.cat([data.train[0], data.test[0]]).numpy().ravel()) for data in (plain, inverted)]
+    pixels = [np.sort(torch.cat([images for images, _ in data.splits.values()]).numpy().ravel()) for data in (plain, inverted)]
     assert (pixels[0] == np.sort(255 - pixels[1])).all()
     assert not same(plain, read(raw, pad=True, seed=1))
     assert not same(plain, read(raw, pad=False))
@@ -219,11 +219,34 @@ def test_labels_stay_with_their_images_where_some_are_dropped(raw, monkeypatch, 
     bad = {f"{i % 3}.{i:03d}.png": b"text" for i in (0, 4, 77)} | {"x.png": encoded(drawn(0)), "set/-1.2.png": encoded(drawn(1))}
     zipped(raw / "archive.zip", files | bad)
     data = read(raw)
-    for images, labels in (data.train, data.test):
+    for images, labels in data.splits.values():
         assert ((images[:, 0, 0, 0] // 80) == labels).all()
-    assert len(data.train[0]) + len(data.test[0]) == 147
+    assert sum(len(y) for _, y in data.splits.values()) == 147
     assert data.report["dropped"] == {archive.UNLABELLED: 2, pictures.UNKNOWN: 3}
     assert data.report["dropped_files"][-2:] == [f"{name}: {archive.UNLABELLED}" for name in ("set/-1.2.png", "x.png")]
+
+
+def test_images_of_one_writer_stay_together_where_some_are_dropped(raw):
+    numbers = range(120)
+    files = {f"writer{i % 40}/{i % 3}.{i}.png": encoded(np.full((9, 9), 2 * i, np.uint8)) for i in numbers}
+    zipped(raw / "archive.zip", files | {f"writer{i}/0.{i}.png": b"text" for i in (0, 33)})
+    data = read(raw, group=r"^writer(\d+)/")
+    assert data.report["split"]["by"] == "group"
+    side = {int(grey) // 2: name for name, (images, _) in data.splits.items() for grey in images[:, 0, 0, 0]}
+    assert sorted(side) == [i for i in numbers if i not in (0, 33)]
+    assert len({(i % 40, name) for i, name in side.items()}) == 40
+    assert set(side.values()) == {"train", "validation", "test"}
+    with pytest.raises(UserError, match=r"group = '\^writer\(1\)/' says nothing of 'writer0/0.0.png'; it must match"):
+        read(raw, group="^writer(1)/")
+
+
+def test_equal_images_of_two_writers_are_counted_beside_unreadable_ones(raw):
+    files = {f"w{i % 10}/{i % 2}.{i}.png": encoded(np.full((9, 9), i // 2, np.uint8)) for i in range(100)}
+    zipped(raw / "archive.zip", files | {"w0/0.x.png": b"text"})
+    dropped = read(raw, group="(w.)").report["dropped"]
+    assert dropped.pop(pictures.UNKNOWN) == 1
+    assert set(dropped) <= {"train image that another split has too", "validation image that another split has too"}
+    assert sum(dropped.values()) > 0
 
 
 def test_strict_refuses_what_has_no_label(raw):

@@ -14,7 +14,8 @@ from stages.datasets import folder, pictures
 from stages.datasets.splits import Dataset
 from stages.errors import UserError
 
-READ = {"size": 16, "invert": False, "pad": False, "strict": False, "test_share": 0.25, "seed": 0}
+READ = {"size": 16, "invert": False, "pad": False, "strict": False, "group": None}
+READ |= {"validation_share": 0.2, "test_share": 0.25, "seed": 0}
 
 
 def files_of(*classes: str, N: int = 12) -> dict[str, bytes]:
@@ -34,27 +35,45 @@ def paper(images: torch.Tensor) -> torch.Tensor:
 def test_sub_folders_are_classes(raw, mine):
     data = read(raw, put(mine, files_of("الف", "ب", "پ")))
     assert data.class_names == ["الف", "ب", "پ"]
-    for images, labels in (data.train, data.test):
+    for images, labels in data.splits.values():
         assert images.dtype == torch.uint8
         assert images.shape[1:] == (1, 16, 16)
         assert torch.equal(paper(images), labels)
-    assert len(data.train[0]) + len(data.test[0]) == 36
+    assert sum(len(y) for _, y in data.splits.values()) == 36
     assert data.report["dropped"] == {}
     assert [file.name for file in raw.iterdir()] == ["images.zip"]
 
 
 def test_files_of_every_kind_in_deeper_folders_belong_to_the_first_level(raw, mine):
-    put(mine, {"a/x/y/1.PNG": GOOD, "a/x/2.JPeG": JPEG, "a/3.jpg": JPEG[:-1] + b"\xd9", "a/4.Tif": TIFF, "b/x/1.tiff": TIFF})
-    put(mine, {"b/2.png": encoded(drawn(0)), "b/notes.txt": b"", ".DS_Store": b""})
+    put(
+        mine,
+        {
+            "a/x/y/1.PNG": GOOD,
+            "a/x/2.JPeG": JPEG,
+            "a/3.jpg": JPEG[:-1] + b"\xd9",
+            "a/4.Tif": TIFF,
+            "b/x/1.tiff": encoded(drawn(3), "TIFF"),
+        },
+    )
+    put(
+        mine,
+        {
+            "b/2.png": encoded(drawn(0)),
+            "b/3.png": encoded(drawn(1)),
+            "a/x/5.png": encoded(drawn(2)),
+            "b/notes.txt": b"",
+            ".DS_Store": b"",
+        },
+    )
     data = read(raw, mine)
     assert data.class_names == ["a", "b"]
-    assert len(data.train[0]) + len(data.test[0]) == 6
+    assert sum(len(y) for _, y in data.splits.values()) == 8
 
 
 def test_images_without_sub_folders_have_no_labels(raw, mine):
     data = read(raw, put(mine, {f"{i}.png": encoded(drawn(i)) for i in range(20)} | {"notes.txt": b""}))
     assert data.class_names == ["unlabelled"]
-    assert data.train[1].unique().tolist() == data.test[1].unique().tolist() == [0]
+    assert all(y.unique().tolist() == [0] for _, y in data.splits.values())
 
 
 def test_names_that_differ_in_case_are_two_classes(raw, mine):
@@ -75,15 +94,16 @@ def test_result_is_the_same_every_time_and_with_any_number_of_cores(raw, mine, m
     (first, content), *others = found
     for data, again in others:
         assert again == content
-        for a, b in zip((*first.train, *first.test), (*data.train, *data.test), strict=True):
-            assert torch.equal(a, b)
+        for a, b in zip(first.splits.values(), data.splits.values(), strict=True):
+            assert torch.equal(a[0], b[0])
+            assert torch.equal(a[1], b[1])
 
 
 def test_unreadable_images_are_dropped_or_refused(raw, mine):
     put(mine, files_of("a", "b") | {"a/5.png": b"text"})
     data = read(raw, mine)
     assert data.report["dropped_files"] == [f"a/5.png: {pictures.UNKNOWN}"]
-    for images, labels in (data.train, data.test):
+    for images, labels in data.splits.values():
         assert torch.equal(paper(images), labels)
     with pytest.raises(UserError, match=f"images.zip: 'a/5.png': {pictures.UNKNOWN}; with strict: false"):
         read(raw, mine, strict=True)

@@ -16,7 +16,7 @@ from stages.networks.classifier import CHUNK, classify
 from stages.pipeline.params import Extractor
 
 LOOK_ALIKES = ("۱ا", "۰۵ه")  # a stroke is a one or an alef; a loop is a zero, a five or a heh
-OPTIONS = {"size": 32, "train_images": 100, "test_images": 45, "seed": 3}
+OPTIONS = {"size": 32, "train_images": 100, "validation_images": 44, "test_images": 45, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def fields(raw: Path):
 
 @pytest.fixture(scope="module")
 def train(fields) -> tuple[torch.Tensor, torch.Tensor]:
-    return glyphs._draw_split(*fields, 32, 100, 3, 0)
+    return glyphs._draw_split(*fields, 32, 100, 3, "train")
 
 
 def test_classes_are_ten_digits_and_32_letters():
@@ -58,26 +58,39 @@ def test_fetch_packs_fonts_and_licences_into_the_same_bytes_every_time(tmp_path)
         assert any("LICENSE" in name for name in mine)
 
 
-def test_read_gives_both_splits_drawn_independently(raw, train):
-    (images, labels), (test, y_test), class_names, *_ = glyphs.read(raw, **OPTIONS)
+def test_read_gives_three_splits_drawn_independently(raw, train):
+    (images, labels), (validation, y_validation), (test, y_test), class_names, *_ = glyphs.read(raw, **OPTIONS)
     assert torch.equal(images, train[0])
     assert torch.equal(labels, train[1])
     assert test.shape == (45, 1, 32, 32)
     assert class_names == glyphs.CLASS_NAMES
     assert not torch.equal(labels[:42], y_test[:42])
-    assert not any(torch.equal(a, b) for a in images for b in test)
+    assert y_validation.tolist() == y_test[:44].tolist()  # the floor at N needs as many of every class
+    assert len({image.numpy().tobytes() for image in torch.cat([images, validation, test])}) == 100 + 44 + 45
+
+
+def test_train_and_test_images_are_those_of_before_there_was_a_validation_split(raw, fields):
+    """Their random numbers have streams 0 to 3, whatever validation draws."""
+    few = glyphs.read(raw, **OPTIONS | {"validation_images": 42})
+    many = glyphs.read(raw, **OPTIONS)
+    for name in ("train", "test"):
+        assert torch.equal(few.splits[name][0], many.splits[name][0])
+    assert torch.equal(few.validation[0], many.validation[0][:42])
+    drawn = glyphs._draw(glyphs._rng(3, 1, 0), fields[1][many.test[1][0]], 32)
+    chosen, *rest = (torch.from_numpy(np.stack([part])) for part in drawn)
+    assert torch.equal(glyphs._ink(fields[0][chosen][:, None], *rest)[0], many.test[0][0])
 
 
 def test_image_is_the_same_however_many_are_asked_for_and_at_once(fields, train, monkeypatch):
-    few, y_few = glyphs._draw_split(*fields, 32, 7, 3, 0)
+    few, y_few = glyphs._draw_split(*fields, 32, 7, 3, "train")
     assert torch.equal(few, train[0][:7])
     assert torch.equal(y_few, train[1][:7])
     monkeypatch.setattr(glyphs, "BATCH", 9)
-    assert torch.equal(glyphs._draw_split(*fields, 32, 100, 3, 0)[0], train[0])
+    assert torch.equal(glyphs._draw_split(*fields, 32, 100, 3, "train")[0], train[0])
 
 
 def test_seed_changes_images_and_order(fields, train):
-    images, labels = glyphs._draw_split(*fields, 32, 42, 4, 0)
+    images, labels = glyphs._draw_split(*fields, 32, 42, 4, "train")
     assert not torch.equal(labels, train[1][:42])
     assert not any(torch.equal(a, b) for a, b in zip(images, train[0], strict=False))
 
@@ -104,7 +117,7 @@ def test_ink_is_dark_and_paper_light_and_noisy(train):
 
 
 def test_glyph_uses_most_of_the_paper_and_stays_on_it(fields):
-    images, labels = glyphs._draw_split(*fields, 64, 420, 0, 0)
+    images, labels = glyphs._draw_split(*fields, 64, 420, 0, "train")
     ink = images[labels > 0, 0] < 110  # all but the small zero
     edge = torch.ones(64, 64, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
@@ -116,7 +129,7 @@ def test_glyph_uses_most_of_the_paper_and_stays_on_it(fields):
 
 def test_hands_differ_in_pen_ink_and_paper(fields, monkeypatch):
     monkeypatch.setattr(glyphs, "_balanced_labels", lambda count, *_: torch.full((count,), glyphs.CLASS_NAMES.index("ا")))
-    images = glyphs._draw_split(*fields, 64, 100, 0, 0)[0][:, 0].float()
+    images = glyphs._draw_split(*fields, 64, 100, 0, "train")[0][:, 0].float()
     paper, ink = images.flatten(1).quantile(0.5, dim=1), images.flatten(1).quantile(0.02, dim=1)
     inked = images < (paper + ink)[:, None, None] / 2
     width = inked.flatten(1).sum(1) / inked.any(2).sum(1)
@@ -130,7 +143,7 @@ def test_hands_differ_in_pen_ink_and_paper(fields, monkeypatch):
 
 @pytest.mark.parametrize("size", [16, 33, 64])
 def test_every_size_is_drawn(fields, size):
-    images, _ = glyphs._draw_split(*fields, size, 3, 0, 0)
+    images, _ = glyphs._draw_split(*fields, size, 3, 0, "train")
     assert images.shape == (3, 1, size, size)
 
 
@@ -201,7 +214,8 @@ def test_every_letter_is_drawn_both_ways_and_variants_add_forms(fields):
 @pytest.mark.slow
 def test_glyphs_are_readable_and_nearly_all_confusions_are_between_look_alikes(tmp_path):
     glyphs.fetch(tmp_path)
-    (images, labels), (test, y_test), names, *_ = glyphs.read(tmp_path, size=64, train_images=20000, test_images=5000, seed=0)
+    data = glyphs.read(tmp_path, size=64, train_images=20000, validation_images=42, test_images=5000, seed=0)
+    (images, labels), (test, y_test), names = data.train, data.test, data.class_names
     net = fit(images, labels, 42, Extractor(images=100000, batch=128, lr=3e-3, seed=0))
     predicted = classify(net, map(to_float, test.split(CHUNK)))[1].argmax(1)
     merged = torch.arange(42)

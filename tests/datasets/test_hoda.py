@@ -17,7 +17,7 @@ from stages.datasets import hoda
 from stages.datasets.hoda import HEIGHT, TYPICAL, Ink, decode, digits, place
 from stages.errors import UserError
 
-OPTIONS: dict[str, Any] = {"test_share": 0.3, "seed": 0, "path": None}
+OPTIONS: dict[str, Any] = {"validation_share": 0.2, "test_share": 0.3, "seed": 0, "path": None}
 
 
 def drawing(*rows: str) -> Ink:
@@ -245,11 +245,11 @@ def test_files_without_the_published_split_are_divided_together(tmp_path: Path) 
     one, two = scribbles(100), scribbles(150, seed=1)
     found = hoda.read(put(tmp_path / "raw", one=cdb(one), two=cdb(two)), size=16, **OPTIONS)
     assert found.class_names == list("۰۱۲۳۴۵۶۷۸۹")
-    assert found.report["split"] == {"test_share": 0.3, "seed": 0}
-    for images, labels in (found.train, found.test):
+    assert found.report["split"] == {"by": "pixels", "validation_share": 0.2, "test_share": 0.3, "seed": 0}
+    for images, labels in found.splits.values():
         assert (images.dtype, images.shape[1:], labels.dtype) == (torch.uint8, (1, 16, 16), torch.int64)
         assert labels.unique().tolist() == list(range(10))
-    there = zip(shown(found.train[0]) + shown(found.test[0]), torch.cat([found.train[1], found.test[1]]).tolist(), strict=True)
+    there = [pair for images, labels in found.splits.values() for pair in zip(shown(images), labels.tolist(), strict=True)]
     assert sorted(there) == sorted((place(ink, 16).tobytes(), label) for label, ink in one + two)
 
 
@@ -264,12 +264,16 @@ def test_the_published_split_is_used_where_both_files_are_there(
     published(monkeypatch, 60, 20)
     train, test, rest = scribbles(60), scribbles(20, seed=1), scribbles(22, seed=2)
     folder = put(tmp_path / "raw", **{names[0]: cdb(train), names[1]: cdb(test), "RemainingSamples": cdb(rest)})
-    found = hoda.read(folder, size=16, **OPTIONS)
-    assert found.report["split"] == "published"
+    half = OPTIONS | {"validation_share": 0.5}
+    found = hoda.read(folder, size=16, **half)
+    assert found.report["split"].startswith("published; 50% of the other images, by a hash of their pixels and seed 0")
     assert found.report["dropped"] == {}
     assert shown(found.test[0]) == [place(ink, 16).tobytes() for _, ink in test]
     assert found.test[1].tolist() == [label for label, _ in test]
-    assert sorted(shown(found.train[0])) == sorted(place(ink, 16).tobytes() for _, ink in train + rest)
+    assert sorted(shown(found.train[0]) + shown(found.validation[0])) == sorted(place(ink, 16).tobytes() for _, ink in train + rest)
+    assert len(found.validation[0]) == pytest.approx(41, abs=4 * (82 / 4) ** 0.5)  # binomial
+    put(folder, Further=cdb(scribbles(40, seed=3)))
+    assert set(shown(found.validation[0])) <= set(shown(hoda.read(folder, size=16, **half).validation[0]))
 
 
 def test_train_images_that_are_among_the_test_images_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +282,9 @@ def test_train_images_that_are_among_the_test_images_are_dropped(tmp_path: Path,
     train[7], rest[3] = test[5], test[6]
     folder = put(tmp_path / "raw", train=cdb(train), test=cdb(test), more=cdb(rest), test_2=cdb(test))
     found = hoda.read(folder, size=16, **OPTIONS)
-    assert (len(found.train[0]), len(found.test[0])) == (80, 20)
-    assert found.report["dropped"] == {"train image that is among the test images": 22}
-    assert not set(shown(found.train[0])) & set(shown(found.test[0]))
+    assert (len(found.train[0]) + len(found.validation[0]), len(found.test[0])) == (80, 20)
+    assert sum(found.report["dropped"].values()) == 22
+    assert not set(shown(found.train[0]) + shown(found.validation[0])) & set(shown(found.test[0]))
 
 
 @pytest.mark.parametrize("counts", [(60, 21), (61, 20), (20, 60)])
@@ -289,7 +293,7 @@ def test_a_split_is_the_published_one_only_by_its_counts(
 ) -> None:
     published(monkeypatch, *counts)
     folder = put(tmp_path / "raw", train=cdb(scribbles(60)), test=cdb(scribbles(20, seed=1)))
-    assert hoda.read(folder, size=16, **OPTIONS).report["split"] == {"test_share": 0.3, "seed": 0}
+    assert hoda.read(folder, size=16, **OPTIONS).report["split"]["test_share"] == 0.3
 
 
 def test_read_says_what_is_missing_or_wrong_by_the_file(tmp_path: Path) -> None:
@@ -403,7 +407,7 @@ def test_the_published_test_file_is_read_to_its_last_byte(real: Path) -> None:
 def test_the_published_test_file_makes_a_dataset(real: Path, tmp_path: Path) -> None:
     hoda.fetch(tmp_path, path=str(real / "Test 20000.cdb"))
     found = hoda.read(tmp_path, size=32, **OPTIONS)
-    images, labels = torch.cat([found.train[0], found.test[0]]), torch.cat([found.train[1], found.test[1]])
+    images, labels = (torch.cat(parts) for parts in zip(*found.splits.values(), strict=True))
     assert images.shape == (20000, 1, 32, 32)
     assert labels.bincount().tolist() == [2000] * 10
     # A class of 2,000 at a share of 0.3: 600 with a standard deviation of 20.5; four of them.

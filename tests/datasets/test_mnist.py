@@ -85,13 +85,21 @@ def test_folder_gives_the_raw_bytes_gzipped_or_not(files, mine, raw, gzipped):
 
 def test_read_gives_what_was_written(files, raw):
     put(raw, files)
-    (train, y_train), (test, y_test), class_names, *_ = mnist.read(raw, path=None)
-    assert train.shape == (7, 1, 28, 28)
+    data = mnist.read(raw, path=None)
+    (train, y_train), (validation, y_validation), (test, y_test) = data.splits.values()
     assert test.shape == (3, 1, 28, 28)
-    assert train.numpy().tobytes() == files[IMAGES][16:]
-    assert y_train.tolist() == [5, 0, 4, 1, 9, 2, 1]
+    assert test.numpy().tobytes() == files["t10k-images-idx3-ubyte"][16:]
     assert y_test.tolist() == [7, 2, 1]
-    assert class_names == list("0123456789")
+    assert data.class_names == list("0123456789")
+    # Of every class as many to validate on as to test on; there is no seven.
+    pixels = [files[IMAGES][16 + 784 * i : 16 + 784 * (i + 1)] for i in range(7)]
+    place = [pixels.index(image.numpy().tobytes()) for image in train]
+    held_out = [pixels.index(image.numpy().tobytes()) for image in validation]
+    assert sorted(place + held_out) == list(range(7))
+    assert sorted(y_validation.tolist()) == [1, 2]
+    for rows, labels in ((place, y_train), (held_out, y_validation)):
+        assert rows == sorted(rows)
+        assert labels.tolist() == [[5, 0, 4, 1, 9, 2, 1][row] for row in rows]
 
 
 def truncated(content: bytes) -> bytes:

@@ -12,7 +12,8 @@ from stages.datasets import readers
 from stages.datasets.readers import READERS
 from stages.errors import UserError
 
-PICTURES = {"licence": "mine", "size": 8, "invert": False, "pad": False, "test_share": 0.5, "seed": 0, "strict": False}
+PICTURES = {"licence": "mine", "size": 8, "invert": False, "pad": False, "group": None, "strict": False}
+PICTURES |= {"validation_share": 0.25, "test_share": 0.5, "seed": 0}
 
 
 def section(root: Path, classes: dict[str, int], seed: int) -> dict[str, Any]:
@@ -50,11 +51,10 @@ def test_a_mix_is_its_parts_with_classes_of_one_name_as_one(tmp_path: Path, mix:
     parts = [readers.read(folder / name, options) for name, options in mix["of"].items()]
     assert found.class_names == ["a", "b", "c"]
     assert found.sources is not None
-    for k, (images, labels) in enumerate((found.train, found.test)):
-        origin = found.sources[k]
+    for (name, (images, labels)), origin in zip(found.splits.items(), found.sources, strict=True):
         assert origin.dtype == torch.int64
         for i, part in enumerate(parts):
-            of_part = part[k]
+            of_part = part.splits[name]
             assert torch.equal(images[origin == i], of_part[0])
             names = [found.class_names[y] for y in labels[origin == i].tolist()]
             assert names == [part.class_names[y] for y in of_part[1].tolist()]
@@ -63,17 +63,18 @@ def test_a_mix_is_its_parts_with_classes_of_one_name_as_one(tmp_path: Path, mix:
     assert readers.is_synthetic({"reader": "mix", "of": {"one": {"reader": "glyphs"}, "two": mix["of"]["two"]}})
 
 
-def test_an_image_that_one_part_tests_on_and_another_trains_on_is_tested_on(tmp_path: Path, mix: dict[str, Any]) -> None:
+def test_an_image_of_two_splits_is_tested_on_else_validated_on(tmp_path: Path, mix: dict[str, Any]) -> None:
     again = tmp_path / "one again"
     (tmp_path / "one").rename(again)
     mix["of"]["one"]["path"] = str(again)
     mix["of"]["two"] = mix["of"]["one"] | {"seed": 1}  # the same images, divided otherwise
     found = readers.read(raw(tmp_path, mix), mix)
-    trained, tested = ({image.numpy().tobytes() for image in images} for images, _ in (found.train, found.test))
-    assert not trained & tested
-    assert len(trained | tested) == 40
-    (dropped,) = found.report["dropped"].values()
-    assert dropped == 80 - len(found.train[0]) - len(found.test[0]) > 0
+    pixels = {name: {image.numpy().tobytes() for image in images} for name, (images, _) in found.splits.items()}
+    assert len(set.union(*pixels.values())) == sum(map(len, pixels.values())) == 40
+    for seed in (0, 1):
+        part = readers.read(tmp_path / "raw" / "one", mix["of"]["one"] | {"seed": seed})
+        assert {image.numpy().tobytes() for image in part.test[0]} <= pixels["test"]
+    assert sum(found.report["dropped"].values()) == 80 - sum(len(y) for _, y in found.splits.values()) > 0
 
 
 def test_an_error_names_the_part(tmp_path: Path, mix: dict[str, Any]) -> None:

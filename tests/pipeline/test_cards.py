@@ -15,13 +15,14 @@ ABOUT = {
     "source_sha256": {"images.zip": "ab" * 32},
     "size": 8,
     "class_names": ["a", "۰"],
-    "images": {"train": 1030, "test": 7},
-    "images_per_class": {"train": [30, 1000], "test": [3, 4]},
+    "images": {"train": 1030, "validation": 11, "test": 7},
+    "images_per_class": {"train": [30, 1000], "validation": [5, 6], "test": [3, 4]},
     "pixel_mean": 0.25,
     "pixel_std": 0.5,
-    "split": {"test_share": 0.2, "seed": 0},
+    "split": {"by": "pixels", "validation_share": 0.1, "test_share": 0.2, "seed": 0},
     "dropped": {"cut off": 3},
     "duplicates": 5,
+    "nearly_equal": {"validation": 2, "test": 1},
 }
 
 
@@ -44,12 +45,14 @@ def test_a_card_says_what_is_known_and_shows_it() -> None:
     page = cards.PAGE.read_text(encoding="utf-8")
     assert page.startswith(f"# Data\n\nBy hand.\n\n{cards.MARK}\n## mine\n")
     for words in (
-        "1,030 to train on + 7 to test on, 8 × 8 pixels",
+        "1,030 to train on + 11 to validate on + 7 to test on, 8 × 8 pixels",
         "| written by | people |",
-        "20% to test on, seed 0",
+        "by a hash of their pixels, 10% to validate on, 20% to test on, seed 0",
+        "| nearly equal to one of another split | 2 to validate on, 1 to test on |",
         "3 × cut off",
         "from 30 (a) to 1,000 (۰)",
-        "| ۰ | 1,000 | 4 |",
+        "| class | train | validation | test |",
+        "| ۰ | 1,000 | 6 | 4 |",
         "ab" * 32,
         "![Ten images of each class](../docs/data/mine.png)",
     ):
@@ -72,7 +75,7 @@ def test_cards_come_in_order_and_those_of_other_datasets_stay() -> None:
 
 def test_a_long_table_is_folded_and_a_published_split_named() -> None:
     counts = list(range(100, 140))
-    prepare("mine", class_names=list(map(str, counts)), images_per_class={"train": counts, "test": counts}, split="published")
+    prepare("mine", class_names=list(map(str, counts)), images_per_class=dict.fromkeys(ABOUT["images"], counts), split="published")
     cards.main()
     page = cards.PAGE.read_text(encoding="utf-8")
     assert "<details><summary>Images of each class</summary>" in page

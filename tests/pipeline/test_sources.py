@@ -81,7 +81,8 @@ def test_another_path_is_no_change_for_dvc_sees_it(tmp_path):
 
 
 def folder(path: str) -> params.FolderData:
-    options = {"licence": "x", "size": 16, "invert": False, "pad": True, "test_share": 0.2, "seed": 0, "strict": False}
+    options = {"licence": "x", "size": 16, "invert": False, "pad": True, "strict": False}
+    options |= {"group": None, "validation_share": 0.1, "test_share": 0.2, "seed": 0}
     return params.FolderData(reader="folder", path=path, **options)
 
 

@@ -1,6 +1,7 @@
 """What params.yaml may hold: every value frozen, typed and checked, no default in Python."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -48,6 +49,16 @@ Phases = Annotated[
     BeforeValidator(_as_phases),
     PlainSerializer(lambda phases: phases if phases[1:] else phases[0]),
 ]
+
+
+def _with_one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{short(pattern)} is no regular expression: {error}") from None
+    if groups != 1:
+        raise ValueError(f"{short(pattern)} must have one group, in brackets, not {groups}")
+    return pattern
 
 
 def _name_in(folder: str) -> AfterValidator:
@@ -121,19 +132,35 @@ class GlyphsData(Section):
     reader: Literal["glyphs"]
     size: Annotated[int, Field(ge=16, le=256)]
     train_images: Count
+    validation_images: Count
     test_images: Count
     seed: Seed
 
 
-class _Pictures(Section):
+class _Divided(Section):
+    """What is common to readers that divide images by a hash."""
+
+    validation_share: Annotated[float, Field(gt=0, lt=1)]
+    test_share: Annotated[float, Field(gt=0, lt=1)]
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _some_are_left_to_train_on(self) -> "_Divided":
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError(
+                f"validation_share = {self.validation_share:g} and test_share = {self.test_share:g} must be less than 1 together"
+            )
+        return self
+
+
+class _Pictures(_Divided):
     """What is common to readers of image files."""
 
     licence: Text
     size: Annotated[int, Field(ge=8, le=512)]
     invert: bool
     pad: bool
-    test_share: Annotated[float, Field(gt=0, lt=1)]
-    seed: Seed
+    group: Annotated[str, AfterValidator(_with_one_group)] | None
     strict: bool
 
 
@@ -160,14 +187,12 @@ class FolderData(_Pictures):
     path: Text
 
 
-class HodaData(Section):
+class HodaData(_Divided):
     """The .cdb files of the Hoda digits."""
 
     reader: Literal["hoda"]
     path: Text | None
     size: Annotated[int, Field(ge=16, le=256)]
-    test_share: Annotated[float, Field(gt=0, lt=1)]
-    seed: Seed
 
 
 class MixData(Section):
@@ -336,6 +361,7 @@ class Evaluate(Section):
     draws: Annotated[int, Field(ge=1, le=10_000)]
     logsnr: Annotated[list[Annotated[float, Field(ge=-20, le=20)]], Field(min_length=1, max_length=1000)]
     min_scored: SetSize
+    seed: Seed
 
 
 class Runtime(Section):
