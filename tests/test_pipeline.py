@@ -18,8 +18,10 @@ from PIL import Image
 
 from benchmarks.kills import CELL, PROFILE, call, commit, copy_tree, environment
 from stages.pipeline import params, paths
+from stages.pipeline.params import Cell
 from stages.tracking import mirror, provenance
 
+NETWORK = str(Cell(*CELL.split("-")[:2], T=8, seed=0).training)
 TINY = PROFILE.replace("images: 2400", "images: 128")  # eight steps of training
 
 
@@ -51,7 +53,7 @@ def edited(folder: Path, *edits: tuple[str, str, str]) -> Iterator[None]:
 
 def results(folder: Path) -> dict[str, str]:
     """A hash of every file that must come again bit for bit."""
-    places = ("data/raw", "data/prepared", "models", "samples", "metrics/train", "metrics/evaluate", "metrics/extractor")
+    places = ("data/raw", "data/prepared", "models", "samples", "metrics")
     files = [path for place in places for path in sorted((folder / place).rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -85,7 +87,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_first_run_makes_everything(tree: Path) -> None:
     for stage in params.read_yaml(tree / "dvc.yaml")["stages"].values():
         for path in paths.outs(stage):
-            assert (tree / path.replace("${item.dataset}", "persian_glyphs").replace("${key}", CELL)).exists(), path
+            assert (tree / paths.of_item(path, paths.item_of(stage, CELL))).exists(), path
     summary = json.loads((tree / "metrics/summary.json").read_text())
     assert summary["persian_glyphs"]["fid"] > 0
     report = (tree / "metrics/report.md").read_text()
@@ -101,12 +103,12 @@ def test_second_run_does_nothing(tree: Path) -> None:
 @pytest.mark.parametrize("share", [0.5, 0])
 def test_a_lock_that_was_cut_off_costs_no_training(tree: Path, share: float) -> None:
     """It is in no commit yet: what its rest does not have comes from the run cache."""
-    lock, results = tree / "dvc.lock", [tree / f"models/cells/{CELL}/ema.safetensors", tree / f"metrics/evaluate/{CELL}.json"]
+    lock, results = tree / "dvc.lock", [tree / f"models/networks/{NETWORK}/ema.safetensors", tree / f"metrics/evaluate/{CELL}.json"]
     whole, before = lock.read_bytes(), [path.read_bytes() for path in results]
     lock.write_bytes(whole[: whole.index(b"hash: ", len(whole) // 2) + len("hash:")] if share else b"")  # in the middle of a line
     assert "mended" in call(tree, sys.executable, "-m", "stages.sweep.plan", "plan").stderr
     said = repro(tree)
-    assert f"Stage 'train@{CELL}' is cached - skipping run" in said
+    assert f"Stage 'train@{NETWORK}' is cached - skipping run" in said
     assert "Running stage" not in said
     assert lock.read_bytes() == whole
     assert [path.read_bytes() for path in results] == before
@@ -129,7 +131,7 @@ def test_mlflow_holds_the_cell(tree: Path) -> None:
     assert run.data.metrics["real images/fid_floor"] == scores["fast"]["fid"]["floor"]
     clocked = {f"time and memory/{name}" for name in ("train_seconds", "sample_fast_images_per_sec", "evaluate_seconds")}
     assert {"eps_mse", "accuracy", "set in T steps/ancestral_accuracy", *clocked} <= run.data.metrics.keys()
-    lines = (tree / f"metrics/train/{CELL}.csv").read_text().splitlines()
+    lines = (tree / f"metrics/train/{NETWORK}.csv").read_text().splitlines()
     history = client.get_metric_history(run.info.run_id, "train_loss")
     assert [point.step for point in history] == [int(line.split(",")[0]) for line in lines[1:]]
     found = {item.path for name in ("samples", "data", "images") for item in client.list_artifacts(run.info.run_id, name)}
@@ -158,11 +160,14 @@ def test_second_sync_adds_nothing_and_committed_results_are_found(tree: Path, mo
     ("path", "reruns"),
     [
         ("stages/fidelity/frechet.py", {"reference@persian_glyphs", f"evaluate@{CELL}"}),
-        ("stages/networks/unet.py", {f"train@{CELL}", f"sample@{CELL}", f"evaluate@{CELL}"}),
+        ("stages/networks/unet.py", {f"train@{NETWORK}", f"sample@{CELL}", f"evaluate@{CELL}"}),
         ("stages/diffusion/samplers/__init__.py", {f"sample@{CELL}"}),
         ("stages/diffusion/samplers/ddpm.py", {f"sample@{CELL}"}),
         ("stages/diffusion/samplers/heun.py", set()),
-        ("stages/diffusion/schedules/cosine.py", {"prepare@persian_glyphs", f"train@{CELL}", f"sample@{CELL}", f"evaluate@{CELL}"}),
+        (
+            "stages/diffusion/schedules/cosine.py",
+            {"prepare@persian_glyphs", f"train@{NETWORK}", f"sample@{CELL}", f"evaluate@{CELL}"},
+        ),
         ("stages/diffusion/schedules/sigmoid.py", {"prepare@persian_glyphs"}),
         ("stages/tracking/mirror.py", set()),
     ],
@@ -186,9 +191,9 @@ def test_a_new_file_runs_only_what_uses_it(tree: Path) -> None:
         files[1].write_text((science / "samplers/ddim.py").read_text())
         files[2].write_text('"""Nobody imports it."""\n')
         assert changed(tree) == set()
-        new = CELL.replace("cosine", "quick")
+        new, network = CELL.replace("cosine", "quick"), NETWORK.replace("cosine", "quick")
         with edited(tree, ("params.yaml", "schedules: [cosine]", "schedules: [cosine, quick]")):
-            assert changed(tree) == {f"train@{new}", f"sample@{new}", f"evaluate@{new}", "compare"}
+            assert changed(tree) == {f"train@{network}", f"sample@{new}", f"evaluate@{new}", "compare"}
         with edited(tree, ("params.yaml", sampler, "sampler: euler")):
             assert changed(tree) == {f"sample@{CELL}"}
             said = call(tree, sys.executable, "-m", "stages.sweep.plan", "plan").stdout
@@ -256,7 +261,7 @@ def test_a_cell_whose_parameters_change_while_it_trains_is_not_recorded_and_goes
     state = tree / ".state/checkpoints"
     with edited(tree, longer):
         with subprocess.Popen(
-            ["dvc", "repro", f"train@{CELL}"],
+            ["dvc", "repro", f"train@{NETWORK}"],
             cwd=tree,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -270,9 +275,9 @@ def test_a_cell_whose_parameters_change_while_it_trains_is_not_recorded_and_goes
                 said = training.communicate(timeout=500)[0]
         assert training.returncode
         assert "while this ran, train.images from 3200 to 640 changed: nothing is recorded" in said
-        assert changed(tree) >= {f"train@{CELL}"}
+        assert changed(tree) >= {f"train@{NETWORK}"}
         assert len(list(state.glob("*/state.safetensors"))) == 1
-        assert "going on from step" in repro(tree, f"train@{CELL}")
+        assert "going on from step" in repro(tree, f"train@{NETWORK}")
     repro(tree)
 
 
@@ -306,7 +311,7 @@ def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
             assert f"data.letters.path = {place} {says}" in call(tree, "dvc", "repro", "fetch@letters", code=255).stderr
         assert len(list(pictures.rglob("*.png"))) == 8
     call(tree, "git", "checkout", "-q", ".")
-    for path in (*tree.glob("data/*/letters*"), *tree.glob("metrics/timing/*/letters.json")):
+    for path in tree.glob("data/*/letters*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -333,8 +338,8 @@ def test_one_more_schedule_runs_only_the_new_cells(tree: Path) -> None:
     text = (tree / "params.yaml").read_text()
     assert "schedules: [cosine]" in text
     (tree / "params.yaml").write_text(text.replace("schedules: [cosine]", "schedules: [cosine, linear_unscaled]"))
-    new = CELL.replace("cosine", "linear_unscaled")
-    assert changed(tree) == {f"train@{new}", f"sample@{new}", f"evaluate@{new}", "compare"}
+    new, network = CELL.replace("cosine", "linear_unscaled"), NETWORK.replace("cosine", "linear_unscaled")
+    assert changed(tree) == {f"train@{network}", f"sample@{new}", f"evaluate@{new}", "compare"}
     repro(tree)
     first, second = sorted(
         (run for run in runs(tree) if run.data.tags["current"] == "true"), key=lambda run: run.data.tags["schedule"]
