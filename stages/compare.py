@@ -67,10 +67,6 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
         floor = [Line("floor: real images", ticks, [floors[0]] * len(ticks), reference=True)] if floors else []
         return [*_against_steps(sweep, rows, dataset, "fid", "{}"), *floor]
 
-    def over_training(dataset: str) -> list[Line]:
-        points = {cell: results.over_training(cell) for cell in rows if cell.dataset == dataset}
-        return [line for cell, found in points.items() for line in _against_images(cell, found)] + _floor_over_training(points)
-
     def cost(dataset: str) -> list[Line]:
         return [
             line
@@ -90,7 +86,6 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
 
     figures.save_lines(folder / "fid.png", panels(fid), x="T, steps", y="FID (lower is better)", log_x=ticks, log_y=True)
     figures.save_lines(folder / "cost.png", panels(cost), x="T, steps", y="seconds per image", log_x=ticks, log_y=True)
-    figures.save_lines(folder / "over_training.png", panels(over_training), x="images trained on", y="FID", log_y=True)
     figures.save_lines(folder / "loss.png", panels(loss), x="images trained on", y="validation loss", log_y=True)
     figures.save_lines(folder / "logsnr.png", panels(by_logsnr), x="log-SNR", y="MSE of x0", log_y=True)
     grids = [
@@ -109,26 +104,6 @@ def _against_steps(sweep: params.Sweep, rows: Rows, dataset: str, name: str, lab
             error = [row.get(f"{name}_error", 0.0) for row in found]
             lines += [Line(title, [row["T"] for row in found], [row[name] for row in found], error if any(error) else None)]
     return [line for line in lines if line.x]
-
-
-def _against_images(cell: Cell, points: list[dict[str, float]]) -> list[Line]:
-    """FID over the images trained on; nothing where the sets were too small to score."""
-    found = [point for point in points if "snapshot_fid" in point]
-    images, fid, error = ([point[name] for point in found] for name in ("images", "snapshot_fid", "snapshot_fid_error"))
-    return [Line(str(cell).removeprefix(f"{cell.dataset}-"), images, fid, error)] if found else []
-
-
-def _floor_over_training(points: dict[Cell, list[dict[str, float]]]) -> list[Line]:
-    floors = [
-        (point["images"], point["snapshot_fid_floor"])
-        for found in points.values()
-        for point in found
-        if "snapshot_fid_floor" in point
-    ]
-    if not floors:
-        return []
-    x = sorted({images for images, _ in floors})
-    return [Line("floor: real images", x, [floors[0][1]] * len(x), reference=True)]
 
 
 def _loss_by_logsnr(cell: Cell, row: dict[str, Any]) -> Line:
@@ -181,8 +156,7 @@ any label with at least 0.9 confidence. `precision` is the share of samples amon
 images among the samples (k = 3). `bits/dim` is the variational bound on the negative log-likelihood
 of test images, given their labels. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
 log-SNR does. `trained on` counts images. Every cell is sampled twice: fast, with the same number of steps in every cell (all
-scores are of this set), and with all T steps. The FID over training is of small fast sets, drawn from the averages at each
-quarter of the last phase: it is higher than that of the full set, and has a floor of its own.
+scores are of this set), and with all T steps.
 """
 
 _SHARED = """\
@@ -194,7 +168,6 @@ that of the training for the cell that did it, and of a copy for the others.
 _FIGURES = {
     "fid": "FID over T",
     "cost": "Seconds per image over T",
-    "over_training": "FID over training: would training longer pay?",
     "loss": "Validation loss",
     "logsnr": "Loss by noise level, comparable across schedules",
     "samples": "Samples",

@@ -25,8 +25,8 @@ from stages.pipeline.stage import progress, run
 DRAWS = 10  # disjoint sets of N train images at most; each is measured as if it were a set of samples
 
 
-def main(dataset: str, sample__images: int, sample__snapshot_images: int) -> None:
-    """Embed the test split and draws from the train split, measure sets of both sizes, write."""
+def main(dataset: str, sample__images: int) -> None:
+    """Embed the test split and draws from the train split, measure sets of N, write."""
     train, _ = load_tensors(paths.prepared(dataset) / "train.safetensors")
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
     N, n = sample__images, len(train["images"])
@@ -42,7 +42,7 @@ def main(dataset: str, sample__images: int, sample__snapshot_images: int) -> Non
     save_tensors(paths.reference(dataset), saved, images=split.n)
     scores = {
         "test_images": split.n,
-        "sets": {str(size): floors_of_sets(real, draws, size) for size in sorted({N, sample__snapshot_images}, key=str)},
+        "sets": {str(N): floors_of_sets(real, draws, N)},
         **floors_of_split(real, split),
         "class_frequencies": real.class_frequencies.tolist(),
     }

@@ -1,7 +1,7 @@
 """Train the network of one cell.
 
-Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, the average at each quarter of
-the last phase, previews.zip with a grid before it and one for each report, and the loss curve.
+Reads the train split. Writes the final average of the weights (what gets sampled), the raw ones, previews.zip with a grid before
+it and one for each report, and the loss curve.
 
     python -m stages.train mnist-cosine-1000-0
 """
@@ -172,15 +172,12 @@ def _train(job: Job, listener: Listener, checkpoint_seconds: float) -> None:
         train_step(state, (split.images[chosen], split.labels[chosen]), step)
 
         # Losses stay on the device until somebody looks, so that no step waits for the one before it.
-        if step in timetable.reports or step in timetable.snapshots:
+        if step in timetable.reports:
             loss = _finite_mean(state.read_losses(), step)
             rate = watch.pause(step) * state.recipe.batch
-            if step in timetable.reports:
-                picture = _report(job, loss, rate)
-                seconds_left = (timetable.end - step) * state.recipe.batch / rate
-                listener.point(job.record.curve[-1] | job.record.clock[-1], picture, step / timetable.end, seconds_left)
-            if step in timetable.snapshots:
-                _snapshot(job, timetable.snapshots[step])
+            picture = _report(job, loss, rate)
+            seconds_left = (timetable.end - step) * state.recipe.batch / rate
+            listener.point(job.record.curve[-1] | job.record.clock[-1], picture, step / timetable.end, seconds_left)
             watch.go_on(step)
 
         if step in ends or time.perf_counter() - saved >= checkpoint_seconds:
@@ -211,14 +208,6 @@ def _draw(job: Job, report: int) -> Path:
     return picture
 
 
-def _snapshot(job: Job, name: str) -> None:
-    """Write the average of the weights as it is now."""
-    file = job.weights / f"{name}.safetensors"
-    images = job.state.step * job.state.recipe.batch
-    checkpoint.save_tensors(file, job.state.average.state_dict(), **job.about, images=images)
-    job.record.files[file.name] = sha256(file)
-
-
 def _save(job: Job) -> None:
     """Write a checkpoint. At the end of a phase it has no optimisers: the next phase begins with new ones."""
     state, phase = job.state, job.state.timetable.phase_of(job.state.step)
@@ -234,16 +223,16 @@ def _keep(job: Job) -> None:
     """Where a phase is over, keep its end for a longer training, or for the cells that share the network, to go on from."""
     for phase, name in zip(job.state.timetable.phases, job.names, strict=True):
         if job.state.step == phase.end and not checkpoint.finished(name).exists():
-            checkpoint.finish(job.work, name, averages=job.shared)
+            checkpoint.finish(job.work, name)
 
 
 def _publish(job: Job) -> None:
     """Write the outputs, whole."""
     checkpoint.check_files(job.weights, job.record.files)
     with whole_files(paths.weights(job.cell)) as folder:
-        for name in job.state.timetable.snapshots.values():
-            shutil.copy(job.weights / f"{name}.safetensors", folder)
-        checkpoint.save_tensors(folder / "raw.safetensors", job.state.net.state_dict(), **job.about)
+        about = job.about | {"images": job.state.step * job.state.recipe.batch}
+        for name, net in (("ema", job.state.average), ("raw", job.state.net)):
+            checkpoint.save_tensors(folder / f"{name}.safetensors", net.state_dict(), **about)
         write_archive(folder / "previews.zip", job.weights / "previews")
     _write_curve(paths.loss_curve(job.cell), job.record.curve)
 

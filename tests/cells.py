@@ -73,8 +73,10 @@ def make_files(cell: Cell, fid: float = 20.0) -> None:
     score = {"value": fid, "error": 0.5, "floor": 11.8}
     grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
     scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25}}, "ancestral": {"images": 64, "scored": False}}
-    scores["over_training"] = [{"trained_images": 128, "fid": score}]
-    write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
+    write(
+        paths.scores("evaluate", str(cell)),
+        json.dumps({**scores, "train_images": 128, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}),
+    )
     write(paths.timing("train", str(cell)), json.dumps({"seconds": 100.0, "device": "cpu"}))
     write(paths.loss_curve(str(cell)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
     write(paths.prepared(cell.dataset) / "dataset.json", "{}")

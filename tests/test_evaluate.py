@@ -63,6 +63,7 @@ def save_network(cell: params.Cell, reference_size: int = SIZE, *, shared: bool 
         "diffusion": {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": False},
         "levels": SHARED_LEVELS if shared else [cell.schedule, cell.T],
         "train": {"shared": shared},
+        "images": 100,
     }
     save_tensors(paths.weights(str(cell)) / "ema.safetensors", net.state_dict(), **about)
 
@@ -70,9 +71,6 @@ def save_network(cell: params.Cell, reference_size: int = SIZE, *, shared: bool 
 def save_samples(cell: params.Cell) -> None:
     for name, n in (("fast", N), ("ancestral", 20)):
         save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5)
-    snapshots = {"images": torch.stack([bars(50, seed=5)["images"]] * 4), "labels": bars(50, seed=5)["labels"]}
-    trained = torch.tensor([25, 50, 75, 100])
-    save_tensors(paths.samples(str(cell)) / "snapshots.safetensors", {**snapshots, "trained_images": trained})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +82,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for split, drawn in (("train", bars(2 * N + 50, seed=0)), ("test", bars(120, seed=1))):
             save_tensors(paths.prepared("bars") / f"{split}.safetensors", drawn, class_names=["top", "middle", "bottom"])
         extractor.main("bars", EXTRACTOR)
-        reference.main("bars", N, N // 4)
+        reference.main("bars", N)
         yield folder
 
 
@@ -99,7 +97,7 @@ def test_images_without_labels_are_told_apart_by_how_they_are_turned(tmp_path: P
         drawn["labels"] *= 0
         save_tensors(paths.prepared("flat") / f"{split}.safetensors", drawn, class_names=["unlabelled"])
     extractor.main("flat", EXTRACTOR)
-    reference.main("flat", N, N // 4)
+    reference.main("flat", N)
     images = bars(N, seed=7)["images"]
     labels = torch.zeros(N, dtype=torch.int64)
     judge = evaluate.Judge.load("flat")
@@ -138,9 +136,9 @@ def test_extractor_stops_at_a_loss_that_is_no_number() -> None:
 def test_reference_measures_disjoint_draws_of_n(tree: Path) -> None:
     floors = read_json(paths.scores("reference", "bars"))
     assert floors["test_images"] == 120
-    few, many = floors["sets"][str(N // 4)], floors["sets"][str(N)]
-    assert (few["draws"], many["draws"]) == (8, 2)
-    assert few["fid"]["value"] > many["fid"]["value"] > 0 < many["fid"]["error"]  # FID falls with N
+    (sets,) = floors["sets"].values()
+    assert sets["draws"] == 2
+    assert sets["fid"]["value"] > 0 < sets["fid"]["error"]
     assert floors["accuracy"] == read_json(paths.scores("extractor", "bars"))["accuracy"]
     labels = load_tensors(paths.prepared("bars") / "test.safetensors")[0]["labels"]
     assert floors["class_frequencies"] == pytest.approx((labels.bincount(minlength=CLASSES) / 120).tolist())
@@ -158,7 +156,7 @@ def test_every_stretch_of_the_balanced_order_holds_the_classes_at_their_frequenc
 
 def test_reference_refuses_more_images_than_there_are(tree: Path) -> None:
     with pytest.raises(UserError, match=r"sample.images = 451 must be at most 450"):
-        reference.main("bars", 451, 50)
+        reference.main("bars", 451)
 
 
 def test_real_images_score_near_the_floor_and_spoilt_ones_do_not(tree: Path) -> None:
@@ -328,11 +326,11 @@ def test_main_writes_whole_scores_to_the_same_bytes(tree: Path) -> None:
     assert written[0] == written[1]
     scores = json.loads(written[0])
     bits = {"bits_per_dim", "bits_of_prior", "bits_of_steps", "bits_of_decoder"}
-    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid", "network", *bits}
+    assert scores.keys() == {"fast", "ancestral", "eps_mse", "logsnr_grid", "network", "train_images", *bits}
     assert scores["bits_per_dim"]["value"] == pytest.approx(sum(scores[name]["value"] for name in bits - {"bits_per_dim"}))
-    assert [point["trained_images"] for point in scores["over_training"]] == [25, 50, 75, 100]
-    floors = read_json(paths.scores("reference", "bars"))["sets"]["50"]
-    assert all(point["fid"]["floor"] == floors["fid"]["value"] for point in scores["over_training"])
+    floors = read_json(paths.scores("reference", "bars"))["sets"][str(N)]
+    assert scores["fast"]["fid"]["floor"] == floors["fid"]["value"]
+    assert scores["train_images"] == 100
     assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5}
     assert scores["network"] == "own"
     assert scores["fast"]["scored"]
@@ -362,7 +360,7 @@ from stages.pipeline import params
 from stages.tracking import results
 
 cell = params.Cell("bars", "cosine", 50, 0)
-reference.main("bars", N, N // 4)
+reference.main("bars", N)
 evaluate.main(cell, params.Evaluate(**EVALUATE))
 print(json.dumps(results.row(cell)))
 """
@@ -400,8 +398,6 @@ def test_a_metric_is_a_file_and_a_line(tree: Path, tmp_path: Path) -> None:
     assert sharpness == {"value": sharpness["value"], "error": 0.125, "floor": floors["sharpness"]["value"]}
     assert floors["sharpness"]["error"] == 0.125
     assert floors["sets"][str(N)]["spread"]["error"] != 0.25  # the sd over sets
-    for point in scores["over_training"]:
-        assert point["spread"]["floor"] == floors["sets"][str(N // 4)]["spread"]["value"]
     assert "spread" not in scores["ancestral"]  # too few images
     for name, found in (("spread", spread), ("sharpness", sharpness), ("ancestral_sharpness", scores["ancestral"]["sharpness"])):
         assert (row[name], row[f"{name}_error"], row[f"{name}_floor"]) == (found["value"], found["error"], found["floor"])

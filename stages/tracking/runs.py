@@ -40,7 +40,7 @@ SECTIONS = {
     "real images": r".*_floor$",
 }
 CLOCKED = ("images_per_sec", "peak_memory_mib", "cuda_memory_mib")  # not the same when measured again
-BY_STEP = ("lr", "train_loss", "val_loss", *results.OVER_TRAINING, *CLOCKED)
+BY_STEP = ("lr", "train_loss", "val_loss", *CLOCKED)
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ def read_record(tree: Tree, cell: Cell) -> Record:
     files += [(path, "data") for path in sorted(paths.data_figures(cell.dataset).glob("*.png"))]
     files += [(paths.prepared(cell.dataset) / "dataset.json", "data")]
     numbers = {name: value for name, value in results.row(cell).items() if name not in results.IDENTITY}
-    batch = tree.params.train.batch
-    scored = [{"step": row["images"] // batch, **row} for row in results.over_training(cell)]
-    by_step = [*results.loss_curve(cell), *scored, *results.clocked_by_step(cell)]
+    by_step = [*results.loss_curve(cell), *results.clocked_by_step(cell)]
     return Record(cell, tree.raw_digest(cell.dataset), numbers, by_step, files, previews)
 
 
