@@ -25,7 +25,7 @@ sweep: {datasets: [persian_glyphs], schedules: [linear], timesteps: [50, 51, 52,
 data: {persian_glyphs: {size: 28, train_images: 2000, validation_images: 1000, test_images: 1000}}
 extractor: {images: 1024}
 train: {images: 256, longer: {persian_glyphs: 1}, warmup_images: 32, validation_images: 32, curve_points: 1}
-sample: {images: 64, ancestral_images: 2, snapshot_images: 8, chunk: 8, guidance: 0, fast: {steps: 2}}
+sample: {images: 64, ancestral_images: 2, chunk: 8, guidance: 0, fast: {steps: 2}}
 evaluate: {images: 2, draws: 1, min_scored: 64}
 """
 CELLS = [f"persian_glyphs-linear-{T}-0" for T in (50, 51, 52, 53, 54)]

@@ -43,7 +43,7 @@ data:
 extractor: {images: 1024, batch: 32}
 network: {channel_mult: [1, 2]}
 train: {images: 2400, longer: {persian_glyphs: 1}, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 8}
-sample: {images: 192, ancestral_images: 8, snapshot_images: 64, chunk: 32, fast: {steps: 4}}
+sample: {images: 192, ancestral_images: 8, chunk: 32, fast: {steps: 4}}
 evaluate: {images: 32, draws: 2, min_scored: 32}
 runtime: {checkpoint_seconds: 0.3}
 """

@@ -92,7 +92,7 @@ def evaluations(cells: list[str]) -> tuple[Rows, dict[str, Any]]:
     rows, panels = [], {}
     for name in cells:
         drawer = Drawer(name)
-        n, T = drawer.params.sample.snapshot_images, drawer.cell.T
+        n, T = drawer.params.sample.images, drawer.cell.T
         all_steps = {"sampler": f"ddpm, all {T}"} | drawer.row(
             How("ddpm", "trailing", T, {"variance": "posterior"}), n, guidance=0.0
         )

@@ -67,10 +67,6 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
         floor = [Line("floor: real images", ticks, [floors[0]] * len(ticks), reference=True)] if floors else []
         return [*_against_steps(sweep, rows, dataset, "fid"), *floor]
 
-    def over_training(dataset: str) -> list[Line]:
-        points = {cell: results.over_training(cell) for cell in rows if cell.dataset == dataset}
-        return [line for cell, found in points.items() for line in _against_images(cell, found)] + _floor_over_training(points)
-
     def loss(dataset: str) -> list[Line]:
         points = {cell: [row for row in curve if "val_loss" in row] for cell, curve in curves.items() if cell.dataset == dataset}
         return [
@@ -82,7 +78,6 @@ def _plot(folder: Path, sweep: params.Sweep, rows: Rows, curves: Curves) -> None
         return [_loss_by_logsnr(cell, row) for cell, row in rows.items() if cell.dataset == dataset]
 
     figures.save_lines(folder / "fid.png", panels(fid), x="T, steps", y="FID (lower is better)", log_x=ticks, log_y=True)
-    figures.save_lines(folder / "over_training.png", panels(over_training), x="images trained on", y="FID", log_y=True)
     figures.save_lines(folder / "loss.png", panels(loss), x="images trained on", y="validation loss", log_y=True)
     figures.save_lines(folder / "logsnr.png", panels(by_logsnr), x="log-SNR", y="MSE of x0", log_y=True)
     grids = [
@@ -101,26 +96,6 @@ def _against_steps(sweep: params.Sweep, rows: Rows, dataset: str, name: str) -> 
             error = [row.get(f"{name}_error", 0.0) for row in found]
             lines += [Line(title, [row["T"] for row in found], [row[name] for row in found], error if any(error) else None)]
     return [line for line in lines if line.x]
-
-
-def _against_images(cell: Cell, points: list[dict[str, float]]) -> list[Line]:
-    """FID over the images trained on; nothing where the sets were too small to score."""
-    found = [point for point in points if "snapshot_fid" in point]
-    images, fid, error = ([point[name] for point in found] for name in ("images", "snapshot_fid", "snapshot_fid_error"))
-    return [Line(str(cell).removeprefix(f"{cell.dataset}-"), images, fid, error)] if found else []
-
-
-def _floor_over_training(points: dict[Cell, list[dict[str, float]]]) -> list[Line]:
-    floors = [
-        (point["images"], point["snapshot_fid_floor"])
-        for found in points.values()
-        for point in found
-        if "snapshot_fid_floor" in point
-    ]
-    if not floors:
-        return []
-    x = sorted({images for images, _ in floors})
-    return [Line("floor: real images", x, [floors[0][1]] * len(x), reference=True)]
 
 
 def _loss_by_logsnr(cell: Cell, row: dict[str, Any]) -> Line:
@@ -175,9 +150,6 @@ of test images, given their labels. `eps-MSE` is a property of the schedule and 
 log-SNR does. `trained on` counts images; one network serves every T of its schedule. Every cell is sampled twice: fast, with the
 same number of steps in every cell (all scores are of this set), and with all T steps. `evaluations` of the network are what an
 image costs: seconds are in MLflow and in what `make repro` prints.
-
-The FID over training is of small fast sets, drawn from the averages at each
-quarter of the last phase: it is higher than that of the full set, and has a floor of its own.
 """
 
 _SHARED = """\
@@ -187,7 +159,6 @@ schedules (`train.shared`): what differs between its cells is how the sampler wa
 
 _FIGURES = {
     "fid": "FID over T",
-    "over_training": "FID over training: would training longer pay?",
     "loss": "Validation loss",
     "logsnr": "Loss by noise level, comparable across schedules",
     "samples": "Samples",

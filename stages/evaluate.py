@@ -1,7 +1,6 @@
 """Score the samples and the network of a cell.
 
 Reads samples/CELL, the final weights, the test split, the extractor and the reference; writes metrics/evaluate/CELL.json.
-Beside the two sets also those of the averages at each quarter of the last phase of training: would training longer pay?
 A score is {value, error, floor}: the error is one standard error, the floor is the same score of real images; null where
 there is none.
 Run: python -m stages.evaluate CELL
@@ -49,11 +48,6 @@ def main(cell: params.Cell, evaluate: params.Evaluate, train__threads: int) -> N
     for name in ("fast", "ancestral"):
         drawn, sampling = load_tensors(paths.samples(str(cell)) / f"{name}.safetensors")
         scores[name] = {"sampling": sampling, **score_set(judge, drawn["images"], drawn["labels"], evaluate.min_scored)}
-    drawn, _ = load_tensors(paths.samples(str(cell)) / "snapshots.safetensors")
-    scores["over_training"] = [
-        {"trained_images": trained, **score_set(judge, images, drawn["labels"], evaluate.min_scored)}
-        for trained, images in zip(drawn["trained_images"].tolist(), drawn["images"], strict=True)
-    ]
     scores |= measure_losses(cell, evaluate)
     scores["machines"] = {"train": sampling["trained_on"], "sample": [sampling["machine"]], "evaluate": [checkpoint.machine()]}
     write_json(paths.scores("evaluate", str(cell)), scores)
@@ -148,6 +142,7 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
             for level, x0_error, eps_error in zip(grid, levels.of_grid(x0_errors), levels.of_grid(eps_errors), strict=True)
         ],
         "network": "shared" if about["train"]["shared"] else "own",
+        "train_images": about["images"],
     }
 
 

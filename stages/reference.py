@@ -25,14 +25,7 @@ from stages.pipeline.stage import progress, run
 DRAWS = 10  # disjoint sets of N validation images at most; each is measured as if it were a set of samples
 
 
-def main(
-    dataset: str,
-    sample__images: int,
-    sample__ancestral_images: int,
-    sample__snapshot_images: int,
-    evaluate__min_scored: int,
-    train__threads: int,
-) -> None:
+def main(dataset: str, sample__images: int, sample__ancestral_images: int, evaluate__min_scored: int, train__threads: int) -> None:
     """Embed the test and the validation split, measure sets of each size that is scored, write."""
     torch.set_num_threads(train__threads)
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
@@ -43,7 +36,7 @@ def main(
     real = real_of(split, sample__images)
     saved = {"mean": torch.from_numpy(real.gaussian.mean), "cov": torch.from_numpy(real.gaussian.cov), "features": real.features}
     save_tensors(paths.reference(dataset), saved, images=split.n)
-    sizes = sorted({N for N in (sample__images, sample__ancestral_images, sample__snapshot_images) if N >= evaluate__min_scored})
+    sizes = sorted({N for N in (sample__images, sample__ancestral_images) if N >= evaluate__min_scored})
     scores = {
         "test_images": split.n,
         "validation_images": others.n,

@@ -1,9 +1,9 @@
-"""Draw the samples of one cell: two sets from the final average of its weights, and small ones from the averages before it.
+"""Draw the samples of one cell: two sets from the final average of its weights.
 
-The fast set: the same sampler and number of evaluations in every cell. The ancestral set: all T steps. The snapshots: the first
-images of the fast set, as they would be at each quarter of the last phase of training. Also a grid with the classes in order,
-an animation of the denoising, and moments of it beside what the network believes then. Image i is a function of (weights, seed,
-i) alone.
+The fast set: the same sampler and number of evaluations in every cell. The ancestral set: all T steps. Also a grid with the
+classes in order, an animation of the denoising, and moments of it beside what the network believes then. Image i is a function of
+(weights, sample.seed, i) alone; its noise is one Brownian path, the same in every cell and in both sets, so that cells compare
+image by image.
 
     python -m stages.sample mnist-cosine-1000-0
 """
@@ -29,24 +29,16 @@ COLUMNS, SHOWN = 10, 30  # images in a row of a picture, and of the animation
 
 
 def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
-    """Draw the sets of the averages along the way, then those of the final one."""
+    """Draw both sets and the pictures."""
     checkpoint.check_bf16(sample.precision)
     counts = class_counts(cell.dataset)
     labels = class_sequence(torch.arange(sample.images), counts)
     fast, ancestral = ways(sample, cell.T)
 
-    snapshots = []
-    for name in ("ema-25", "ema-50", "ema-75"):
-        chain = chain_of(cell, sample, paths.weights(str(cell.training)) / f"{name}.safetensors", counts)
-        images = _drawn(chain, sample.snapshot_images, fast, f"{cell} {name}").images
-        snapshots.append((chain.about["images"], images))
-
     chain = chain_of(cell, sample, paths.weights(str(cell.training)) / "ema.safetensors", counts)
     few, measured = _set(cell, chain, "fast", labels, fast)
-    snapshots.append((chain.about["images"], few.images[: sample.snapshot_images]))
     folder = paths.samples(str(cell))
     grids.save_png(folder / "grid.png", class_grid(few.images.numpy(), labels.numpy(), len(counts)))
-    _save_snapshots(cell, snapshots, chain.asked(labels[: sample.snapshot_images]))
 
     full, measured_of_full = _set(cell, chain, "ancestral", labels[: sample.ancestral_images], ancestral)
     frames = [(_shown(x), _shown(x0_hat)) for x, x0_hat in ((x[: len(full.images)], y[: len(full.images)]) for x, y in full.frames)]
@@ -67,7 +59,7 @@ def chain_of(cell: params.Cell, sample: params.Sample, weights: Path, counts: Se
     lowest, highest = sample.guidance_interval
     guidance = Guidance(sample.guidance, (lowest, highest), sample.clip_x0)
     bf16 = sample.precision == "bf16"
-    return Chain(weights, cell.schedule, cell.T, cell.seed, counts=counts, guidance=guidance, chunk=sample.chunk, bf16=bf16)
+    return Chain(weights, cell.schedule, cell.T, sample.seed, counts=counts, guidance=guidance, chunk=sample.chunk, bf16=bf16)
 
 
 def _set(cell: params.Cell, chain: Chain, name: str, labels: Tensor, how: How) -> tuple[Drawn, dict[str, float]]:
@@ -92,12 +84,6 @@ def _drawn(chain: Chain, n: int, how: How, label: str) -> Drawn:
                 bar.update(images)
 
         return chain.draw(n, how, evaluated=evaluated)
-
-
-def _save_snapshots(cell: params.Cell, snapshots: list[tuple[int, Tensor]], labels: Tensor) -> None:
-    trained, images = zip(*snapshots, strict=True)
-    sets = {"images": torch.stack(images), "trained_images": torch.tensor(trained), "labels": labels}
-    save_tensors(paths.samples(str(cell)) / "snapshots.safetensors", sets, cell=str(cell))
 
 
 def class_counts(dataset: str) -> list[int]:

@@ -1,8 +1,7 @@
 """Train one network: it serves the cells of every T of its dataset, schedule and seed.
 
 Reads the train split, and the validation split for the validation loss. Writes the final average of the weights (what gets
-sampled), the raw ones, the average at each quarter of the last phase, previews.zip with a grid before it and one for each report,
-and the loss curve.
+sampled), the raw ones, previews.zip with a grid before it and one for each report, and the loss curve.
 
     python -m stages.train mnist-cosine-0
 """
@@ -180,15 +179,12 @@ def _train(job: Job, listener: Listener, checkpoint_seconds: float) -> None:
         train_step(state, (split.images[chosen], split.labels[chosen]), step)
 
         # Losses stay on the device until somebody looks, so that no step waits for the one before it.
-        if step in timetable.reports or step in timetable.snapshots:
+        if step in timetable.reports:
             loss = _finite_mean(state.read_losses(), step)
             rate = watch.pause(step) * state.recipe.batch
-            if step in timetable.reports:
-                picture = _report(job, loss, rate)
-                seconds_left = (timetable.end - step) * state.recipe.batch / rate
-                listener.point(job.record.curve[-1] | job.record.clock[-1], picture, step / timetable.end, seconds_left)
-            if step in timetable.snapshots:
-                _snapshot(job, timetable.snapshots[step])
+            picture = _report(job, loss, rate)
+            seconds_left = (timetable.end - step) * state.recipe.batch / rate
+            listener.point(job.record.curve[-1] | job.record.clock[-1], picture, step / timetable.end, seconds_left)
             watch.go_on(step)
 
         if step in ends or time.perf_counter() - saved >= checkpoint_seconds:
@@ -217,14 +213,6 @@ def _draw(job: Job, report: int) -> Path:
     return picture
 
 
-def _snapshot(job: Job, name: str) -> None:
-    """Write the average of the weights as it is now."""
-    file = job.weights / f"{name}.safetensors"
-    images = job.state.step * job.state.recipe.batch
-    checkpoint.save_tensors(file, job.state.average.state_dict(), **job.about, images=images, machines=job.record.machines)
-    job.record.files[file.name] = sha256(file)
-
-
 def _save(job: Job) -> None:
     """Write a checkpoint. At the end of a phase it has no optimisers: the next phase begins with new ones."""
     state, phase = job.state, job.state.timetable.phase_of(job.state.step)
@@ -240,17 +228,16 @@ def _keep(job: Job) -> None:
     """Where a phase is over, keep its end for a longer training, or for the cells that share the network, to go on from."""
     for phase, name in zip(job.state.timetable.phases, job.names, strict=True):
         if job.state.step == phase.end and not checkpoint.finished(name).exists():
-            checkpoint.finish(job.work, name, averages=job.shared)
+            checkpoint.finish(job.work, name)
 
 
 def _publish(job: Job) -> None:
     """Write the outputs, whole."""
     checkpoint.check_files(job.weights, job.record.files)
     with whole_files(paths.weights(job.name)) as folder:
-        for name in job.state.timetable.snapshots.values():
-            shutil.copy(job.weights / f"{name}.safetensors", folder)
         about = job.about | {"images": job.state.step * job.state.recipe.batch, "machines": job.record.machines}
-        checkpoint.save_tensors(folder / "raw.safetensors", job.state.net.state_dict(), **about)
+        for name, net in (("ema", job.state.average), ("raw", job.state.net)):
+            checkpoint.save_tensors(folder / f"{name}.safetensors", net.state_dict(), **about)
         write_archive(folder / "previews.zip", job.weights / "previews")
     _write_curve(paths.loss_curve(job.name), job.record.curve)
 

@@ -74,8 +74,7 @@ def make_files(cell: Cell, fid: float = 20.0) -> None:
     grid = [{"logsnr": -2.0, "eps_mse": {"value": 0.1, "error": None, "floor": None}}]
     scores = {"fast": {"images": 2000, "fid": score, "sampling": {"steps": 25, "network_evaluations": 40}}}
     scores["ancestral"] = {"images": 64, "scored": False, "sampling": {"network_evaluations": 300}}
-    scores["machines"] = provenance.here()
-    scores["over_training"] = [{"trained_images": 128, "fid": score}]
+    scores |= {"machines": provenance.here(), "train_images": 128}
     write(paths.scores("evaluate", str(cell)), json.dumps({**scores, "eps_mse": score | {"value": 0.03}, "logsnr_grid": grid}))
     write(paths.loss_curve(str(cell.training)), "step,images,lr,train_loss,val_loss\n1,64,0.1,0.9,\n2,128,0.1,0.8,0.85\n")
     write(paths.prepared(cell.dataset) / "dataset.json", "{}")

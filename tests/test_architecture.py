@@ -327,13 +327,12 @@ def promised(stage: str) -> set[str]:
         | files(paths.data_figures, "noising.png", "samples.png"),
         "extractor": {str(paths.extractor(name)), str(paths.scores(stage, name))},
         "reference": {str(paths.reference(name)), str(paths.scores(stage, name))},
-        "train": files(paths.weights, "previews.zip", *(f"{n}.safetensors" for n in ("ema-25", "ema-50", "ema-75", "ema", "raw")))
+        "train": files(paths.weights, "previews.zip", *(f"{n}.safetensors" for n in ("ema", "raw")))
         | {str(paths.loss_curve(name))},
         "sample": files(
             paths.samples,
             "fast.safetensors",
             "ancestral.safetensors",
-            "snapshots.safetensors",
             "chain.png",
             "grid.png",
             "denoising.gif",

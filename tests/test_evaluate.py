@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 SIZE, CLASSES, N = 16, 3, 200
 EXTRACTOR = params.Extractor(images=1600, batch=32, lr=3e-3, seed=0)
 EVALUATE = params.Evaluate(images=96, draws=2, logsnr=[-2.0, 0.0, 3.0], min_scored=50, seed=0)
-SIZES = (N, 20, N // 4, 50, 1)  # of the fast, the T-step and the snapshot sets, from where on they are scored; threads
+SIZES = (N, 20, 50, 1)  # of the fast and the T-step sets, from where on they are scored; threads
 NETWORK = params.Network(
     stem_resolution=16,
     base_channels=8,
@@ -68,6 +68,7 @@ def save_network(cell: params.Cell, reference_size: int = SIZE, *, shared: bool 
         "logsnr": logsnr(torch.from_numpy(alpha_bar)[[-1, 0]]).tolist(),
         "train": {"shared": shared},
         "machines": [checkpoint.machine()],
+        "images": 100,
     }
     save_tensors(paths.weights(str(cell.training)) / "ema.safetensors", net.state_dict(), **about)
 
@@ -78,9 +79,6 @@ MADE = {"network_evaluations": 5, "machine": checkpoint.machine(), "trained_on":
 def save_samples(cell: params.Cell) -> None:
     for name, n in (("fast", N), ("ancestral", 20)):
         save_tensors(paths.samples(str(cell)) / f"{name}.safetensors", bars(n, seed=4), sampler="ddim", steps=5, **MADE)
-    snapshots = {"images": torch.stack([bars(50, seed=5)["images"]] * 4), "labels": bars(50, seed=5)["labels"]}
-    trained = torch.tensor([25, 50, 75, 100])
-    save_tensors(paths.samples(str(cell)) / "snapshots.safetensors", {**snapshots, "trained_images": trained})
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +145,9 @@ def test_extractor_stops_at_a_loss_that_is_no_number() -> None:
 def test_reference_measures_disjoint_draws_of_n_validation_images(tree: Path) -> None:
     floors = read_json(paths.scores("reference", "bars"))
     assert (floors["test_images"], floors["validation_images"]) == (120, 450)
-    assert floors["sets"].keys() == {str(N), str(N // 4)}  # 20 are not scored
-    few, many = floors["sets"][str(N // 4)], floors["sets"][str(N)]
-    assert (few["draws"], many["draws"]) == (8, 2)
-    assert few["fid"]["value"] > many["fid"]["value"] > 0 < many["fid"]["error"]  # FID falls with N
+    (sets,) = floors["sets"].values()  # 20 images are not scored
+    assert sets["draws"] == 2
+    assert sets["fid"]["value"] > 0 < sets["fid"]["error"]
     assert floors["accuracy"] == read_json(paths.scores("extractor", "bars"))["accuracy"]
     labels = load_tensors(paths.prepared("bars") / "test.safetensors")[0]["labels"]
     assert floors["class_frequencies"] == pytest.approx((labels.bincount(minlength=CLASSES) / 120).tolist())
@@ -194,7 +191,7 @@ def test_a_floor_that_the_validation_split_cannot_give_is_null(tree: Path, tmp_p
     for made in ("data", "models"):
         shutil.copytree(tree / made, tmp_path / made)
     monkeypatch.chdir(tmp_path)
-    reference.main("bars", 10 * N, 20, N // 4, 20, 1)
+    reference.main("bars", 10 * N, 20, 20, 1)
     sets = read_json(paths.scores("reference", "bars"))["sets"]
     assert sets[str(10 * N)] == {"draws": 0, "fid": None, "class_tv": None, "precision": None, "recall": None}
     assert sets["20"]["draws"] == reference.DRAWS  # the T-step set is scored here
@@ -400,11 +397,11 @@ def test_main_writes_whole_scores_to_the_same_bytes(tree: Path) -> None:
     assert written[0] == written[1]
     scores = json.loads(written[0])
     bits = {"bits_per_dim", "bits_of_prior", "bits_of_steps", "bits_of_decoder"}
-    assert scores.keys() == {"fast", "ancestral", "over_training", "eps_mse", "logsnr_grid", "network", "machines", *bits}
+    assert scores.keys() == {"fast", "ancestral", "eps_mse", "logsnr_grid", "network", "train_images", "machines", *bits}
     assert scores["bits_per_dim"]["value"] == pytest.approx(sum(scores[name]["value"] for name in bits - {"bits_per_dim"}))
-    assert [point["trained_images"] for point in scores["over_training"]] == [25, 50, 75, 100]
-    floors = read_json(paths.scores("reference", "bars"))["sets"]["50"]
-    assert all(point["fid"]["floor"] == floors["fid"]["value"] for point in scores["over_training"])
+    floors = read_json(paths.scores("reference", "bars"))["sets"][str(N)]
+    assert scores["fast"]["fid"]["floor"] == floors["fid"]["value"]
+    assert scores["train_images"] == 100
     assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5, **MADE}
     assert scores["machines"] == {stage: [checkpoint.machine()] for stage in ("train", "sample", "evaluate")}
     assert scores["network"] == "own"
@@ -473,8 +470,6 @@ def test_a_metric_is_a_file_and_a_line(tree: Path, tmp_path: Path) -> None:
     assert sharpness == {"value": sharpness["value"], "error": 0.125, "floor": floors["sharpness"]["value"]}
     assert floors["sharpness"]["error"] == 0.125
     assert floors["sets"][str(N)]["spread"]["error"] != 0.25  # the sd over sets
-    for point in scores["over_training"]:
-        assert point["spread"]["floor"] == floors["sets"][str(N // 4)]["spread"]["value"]
     assert "spread" not in scores["ancestral"]  # too few images
     for name, found in (("spread", spread), ("sharpness", sharpness), ("ancestral_sharpness", scores["ancestral"]["sharpness"])):
         assert (row[name], row[f"{name}_error"], row[f"{name}_floor"]) == (found["value"], found["error"], found["floor"])

@@ -138,8 +138,7 @@ def test_mlflow_holds_the_cell(tree: Path) -> None:
     assert {"samples/grid.png", "samples/chain.png", "samples/denoising.gif", "data/dataset.json"} <= found
     previews = sorted(int(path.split("+")[2]) for path in found if path.endswith(".webp"))
     assert previews == list(range(1 + len(history)))
-    scored = client.get_metric_history(run.info.run_id, "snapshot_fid")
-    assert [point.step for point in scored] == [2, 4, 6, 8]
+    assert run.data.metrics["time and memory/train_images"] == 128
     assert run.inputs.dataset_inputs[0].dataset.name == "persian_glyphs"
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def options(tmp_path, monkeypatch):
     split = {"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1, 0, 2])}
     checkpoint.save_tensors(paths.prepared("toy") / "test.safetensors", split, class_names=["a", "b", "c"])
     return params.Sample(
-        images=10, ancestral_images=5, snapshot_images=6, guidance=0.3, guidance_interval=[-4.0, 4.0], clip_x0=True,
+        seed=0, images=10, ancestral_images=5, guidance=0.3, guidance_interval=[-4.0, 4.0], clip_x0=True,
         precision="fp32", chunk=4,
         fast=params.FastSampler(sampler="ddim", spacing="trailing", steps=4, eta=0.0),
         ancestral=params.AncestralSampler(sampler="ddpm", variance="posterior"),
@@ -38,17 +40,9 @@ def save_network(conditional, zero_terminal_snr=False, reference_size=8):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     diffusion = {"prediction": "v", "reference_size": reference_size, "zero_terminal_snr": zero_terminal_snr}
-    about = {
-        "images": 64,
-        "logsnr": [-12.0, 12.0],
-        "machines": [checkpoint.machine()],
-        "size": 8,
-        "num_classes": 3,
-        "network": network,
-        "diffusion": diffusion,
-    }
-    for name in ("ema-25", "ema-50", "ema-75", "ema"):
-        checkpoint.save_tensors(paths.weights(str(CELL.training)) / f"{name}.safetensors", net.state_dict(), **about)
+    about = {"images": 64, "logsnr": [-12.0, 12.0], "machines": [checkpoint.machine()], "size": 8, "num_classes": 3}
+    about |= {"network": network, "diffusion": diffusion}
+    checkpoint.save_tensors(paths.weights(str(CELL.training)) / "ema.safetensors", net.state_dict(), **about)
 
 
 def drawn(name):
@@ -64,11 +58,6 @@ def test_writes_both_sets_a_grid_and_an_animation(options):
     # Cosine's log-SNR at t = 11, 8, 5, 2 of 12 is about -11, -1.8, 0 and 1.7: all but the first are guided.
     assert how["network_evaluations"] == 7
     assert measured["fast_images_per_sec"] > 0
-    snapshots, _ = drawn("snapshots")
-    assert snapshots["images"].shape == (4, 6, 1, 8, 8)
-    assert torch.equal(snapshots["images"][0], fast["images"][:6])  # the four averages are the same here
-    assert torch.equal(snapshots["labels"], fast["labels"][:6])
-    assert snapshots["trained_images"].tolist() == [64] * 4
     folder = paths.samples(str(CELL))
     assert Image.open(folder / "grid.png").size == ((10 * 9 + 1) * 2, (3 * 9 + 1) * 2)
     assert Image.open(folder / "denoising.gif").n_frames == 12
@@ -101,9 +90,9 @@ def test_wider_images_are_drawn_and_guided_at_noisier_levels(options, monkeypatc
     fast = params.FastSampler(sampler="ddim", spacing="trailing", steps=4, eta=0.0)
     visited = []
 
-    def watched(denoise, noise_at, path, *args, **more):
+    def watched(denoise, path, noise, **more):
         visited.append(path)
-        return unwatched(denoise, noise_at, path, *args, **more)
+        return unwatched(denoise, path, noise, **more)
 
     unwatched = ddim.sample
     monkeypatch.setattr(ddim, "sample", watched)
@@ -138,6 +127,35 @@ def test_image_i_does_not_depend_on_how_many_are_asked_for(options, name):
     assert not torch.equal(drawn(name)[0]["images"], few["images"])  # what does matter shows
 
 
+def test_noise_is_that_of_its_own_seed_not_of_the_training(options):
+    sample.main(CELL, options)
+    (first, _), weights_of = drawn("fast"), paths.weights(str(CELL)) / "ema.safetensors"
+    other = params.Cell("toy", "cosine", 12, 2)
+    paths.weights(str(other)).mkdir(parents=True)
+    shutil.copy(weights_of, paths.weights(str(other)))
+    sample.main(other, options)
+    same, _ = weights.load_tensors(paths.samples(str(other)) / "fast.safetensors")
+    assert torch.equal(same["images"], first["images"])
+    sample.main(CELL, options.model_copy(update={"seed": 1}))
+    assert not torch.equal(drawn("fast")[0]["images"], first["images"])
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_image_i_is_the_same_drawing_at_every_t(options, zero_terminal_snr):
+    """A network that says little, so that what is drawn is the noise's: closer at T = 24 than any two images of a set."""
+    save_network(conditional=True, zero_terminal_snr=zero_terminal_snr)
+    sets = []
+    for T in (24, 48):
+        cell = params.Cell("toy", "cosine", T, 1)
+        paths.weights(str(cell)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(paths.weights(str(CELL)) / "ema.safetensors", paths.weights(str(cell)))
+        sample.main(cell, options.model_copy(update={"ancestral_images": 10}))
+        images = weights.load_tensors(paths.samples(str(cell)) / "ancestral.safetensors")[0]["images"]
+        sets.append(images.double().flatten(1))
+    apart = torch.cdist(*sets)
+    assert apart.diagonal().max() < 0.5 * (apart + 1e9 * torch.eye(10)).min()
+
+
 def test_classes_come_at_their_frequencies_in_every_stretch():
     labels = sample.class_sequence(torch.arange(1000), [5, 3, 2]).numpy()
     for stretch in (labels, labels[:100], labels[333:433]):
@@ -167,7 +185,7 @@ def test_the_number_of_cores_does_not_change_a_bit(options):
             sets.append([path.read_bytes() for path in sorted(paths.samples(str(CELL)).iterdir())])
     finally:
         torch.set_num_threads(threads)
-    assert len(sets[0]) == 6
+    assert len(sets[0]) == 5
     assert sets[0] == sets[1]
 
 

@@ -108,11 +108,11 @@ def differ(one, other):
     return any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_writes_weights_snapshots_previews_and_the_curve(sections):
+def test_writes_weights_previews_and_the_curve(sections):
     measured = train.main(NETWORK, *sections)
     folder = paths.weights(str(NETWORK))
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")}
-    weights = {f"{name}.safetensors" for name in ("ema-25", "ema-50", "ema-75", "ema", "raw")}
+    weights = {f"{name}.safetensors" for name in ("ema", "raw")}
     assert names == weights | {"previews.zip"}
     with zipfile.ZipFile(folder / "previews.zip") as archive:
         assert archive.namelist() == [f"0000000{report}.png" for report in range(5)]
@@ -296,9 +296,9 @@ def test_one_flipped_bit_of_an_unfinished_training_never_leads_to_other_bits(sec
     shutil.copytree(state, kept := state.with_name("kept"))
     (folder,) = (state / "checkpoints").iterdir()
     files = [file.relative_to(folder) for file in folder.rglob("*.*") if file.is_file()]
-    assert {file.name for file in files} >= {"state.safetensors", "ema-25.safetensors", "ema-75.safetensors", "00000003.png"}
+    assert {file.name for file in files} >= {"state.safetensors", "00000003.png"}
     rng = np.random.default_rng(0)
-    for file in (*[Path("state.safetensors")] * 4, Path("weights/ema-50.safetensors"), Path("weights/previews/00000002.png")):
+    for file in (*[Path("state.safetensors")] * 4, Path("weights/previews/00000002.png")):
         shutil.rmtree(state)
         shutil.copytree(kept, state)
         flip(folder / file, rng.random())
@@ -317,7 +317,6 @@ def test_one_flipped_bit_of_a_finished_training_never_leads_to_other_bits(sectio
     killed_at(None)
     (folder,) = (state / "finished").iterdir()
     files = [file.relative_to(folder) for file in folder.rglob("*.*") if file.is_file()]
-    assert not any(file.name.startswith("ema") for file in files)
     shutil.copytree(state, kept := state.with_name("kept"))
     rng = np.random.default_rng(0)
     for file in files[::3]:
@@ -329,30 +328,30 @@ def test_one_flipped_bit_of_a_finished_training_never_leads_to_other_bits(sectio
         assert capsys.readouterr().err.count("starting over") == 1
 
 
-def test_a_shared_network_whose_average_is_damaged_is_trained_again(sections, killed_at):
+def test_a_shared_network_that_is_damaged_is_trained_again(sections, killed_at):
     shared = changed(sections, shared=True)
     assert killed_at(None, shared) == list(range(1, 9))
     first = results()
     (folder,) = checkpoint.workspace().glob(".state/finished/*")
-    flip(folder / "weights/ema-50.safetensors", 0.9)
+    flip(folder / "state.safetensors", 0.9)
     assert killed_at(None, shared) == list(range(1, 9))
     assert killed_at(None, shared) == []
-    (folder / "weights/ema.safetensors").unlink()
+    (folder / "weights/previews/00000002.png").unlink()
     assert killed_at(None, shared) == list(range(1, 9))
     assert results() == first
 
 
-def test_a_snapshot_that_changes_while_its_training_goes_on_does_not_reach_the_outs(sections, killed_at, monkeypatch):
+def test_a_preview_that_changes_while_its_training_goes_on_does_not_reach_the_outs(sections, killed_at, monkeypatch):
     keep = train._keep
 
     def spoil(job):
         if job.state.step == 8:
-            flip(job.weights / "ema-25.safetensors", 0.9)
+            flip(job.weights / "previews/00000002.png", 0.9)
         keep(job)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "_keep", spoil)
-        with pytest.raises(UserError, match=r"ema-25\.safetensors is damaged .*; run `dvc repro` again"):
+        with pytest.raises(UserError, match=r"00000002\.png is damaged .*; run `dvc repro` again"):
             train.main(NETWORK, *sections)
     assert not paths.weights(str(NETWORK)).exists()
     assert killed_at(None) == list(range(1, 9))
@@ -399,7 +398,7 @@ def test_one_phase_more_goes_on_from_the_finished_ones_to_the_same_bits(sections
     rates = [float(row["lr"]) for row in csv.DictReader(paths.loss_curve(str(NETWORK)).open())]
     assert len(rates) == 8
     assert rates[4] > rates[3]  # a schedule of its own, to be seen in the curve
-    assert differ(learnt_weights(NETWORK, "ema-25"), learnt_weights(NETWORK))
+    assert differ(learnt_weights(NETWORK, "raw"), learnt_weights(NETWORK))
 
 
 def test_a_dataset_that_trains_longer_does_so_in_every_phase(sections, killed_at):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stages.datasets.images import to_uint8
-from stages.diffusion import noise, samplers
+from stages.diffusion import samplers
+from stages.diffusion.brownian import Brownian
 from stages.diffusion.guidance import denoiser
 from stages.diffusion.samplers import Steps
 from stages.diffusion.schedules import logsnr_shift, noise_levels
@@ -149,11 +150,8 @@ class Chain:
             clip=self.guidance.clip_x0,
         )
         path = spaced(self.alpha_bar, how.steps, how.spacing)
-
-        def noise_at(after: int) -> Tensor:
-            return noise.gaussian(self.seed, index, after, (1, self.size, self.size))
-
-        return samplers.find(how.sampler)(denoise, noise_at(len(self.alpha_bar)), path, noise_at, **how.options)
+        noise = Brownian(self.seed, index, (1, self.size, self.size), path)
+        return samplers.find(how.sampler)(denoise, path, noise, **how.options)
 
 
 def class_sequence(index: Tensor, counts: Sequence[int]) -> Tensor:

@@ -124,10 +124,10 @@ def finished(name: str) -> Path:
     return workspace() / ".state" / "finished" / name
 
 
-def finish(folder: Path, name: str, *, averages: bool) -> None:
-    """Keep a copy of an unfinished training, with its averages or without them, as a finished one."""
+def finish(folder: Path, name: str) -> None:
+    """Keep a copy of an unfinished training as a finished one."""
     with alone(workspace() / ".state" / "locks" / f"finished-{name}.lock"), whole_folder(finished(name)) as kept:
-        shutil.copytree(folder, kept, dirs_exist_ok=True, ignore=None if averages else shutil.ignore_patterns("ema*"))
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
 
 
 def save_state(
@@ -152,8 +152,6 @@ def load_state(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """What `save_state` wrote: modules and optimizers are set in place, `losses` and `about` returned.
 
-    At the end of an earlier phase no averages are needed: `files` leaves them out.
-
     Args:
         names: the fingerprints that will do; the last is that of the training itself, the others of its earlier phases.
 
@@ -165,9 +163,7 @@ def load_state(
         raise UserError(f"{path} is of another training")
     if not checked:
         raise UserError(f"{path} is of an earlier version, without a SHA-256")
-    needed = about["fingerprint"] == names[-1]
-    files = {name: digest for name, digest in about["files"].items() if needed or not name.startswith("ema")}
-    check_files(path.parent / "weights", files)
+    check_files(path.parent / "weights", about["files"])
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -183,7 +179,7 @@ def load_state(
         state = {index: _laid_out(weight, under(f"{i}/{index}/")) for index, weight in enumerate(weights)}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {index: values for index, values in state.items() if values}, "param_groups": groups})
-    return losses, {**about, "files": files}
+    return losses, about
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:

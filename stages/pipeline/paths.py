@@ -66,7 +66,7 @@ def reference(dataset: str) -> Path:
 
 
 def weights(training: str) -> Path:
-    """Folder of ema.safetensors, raw.safetensors, the EMA snapshots and previews.zip."""
+    """Folder of ema.safetensors, raw.safetensors and previews.zip."""
     return Path("models/networks") / training
 
 

@@ -36,7 +36,7 @@ LINK = f"viewStateShareKey={KEY}"  # of the page that opens with it
 
 _COLUMNS = ("tags.`dataset`", "tags.`schedule`", "tags.`T`", "metrics.`fid`", "metrics.`accuracy`", "metrics.`confident_ratio`")
 _BARS = ("fid", "accuracy", "confident_ratio")
-_LINES = ("train_loss", "val_loss", "snapshot_fid")
+_LINES = ("train_loss", "val_loss")
 _SHOWN, _FOLDED = ("scores", "pictures", "training"), ("Model metrics", "System metrics")
 _LINE = {
     "lineSmoothness": 0,

@@ -15,7 +15,6 @@ from stages.tracking.provenance import Machines, Tree
 
 IDENTITY = ("cell", "dataset", "schedule", "T", "seed", "network")
 CLOCKED = ("train", "sample", "evaluate")
-OVER_TRAINING = ("snapshot_fid", "snapshot_accuracy", "snapshot_confident_ratio")
 
 # Heading of the table, key of the row, format.
 _COLUMNS = (
@@ -56,7 +55,6 @@ def _flat(cell: Cell, scores: dict[str, Any]) -> dict[str, Any]:
     flat |= _numbers("", scores["fast"]) | _numbers("", {key: value for key, value in scores.items() if key != "fast"})
     for point in scores["logsnr_grid"]:
         flat |= {f"{key}_at_{point['logsnr']:g}": value["value"] for key, value in point.items() if key != "logsnr"}
-    flat["train_images"] = scores["over_training"][-1]["trained_images"]
     for kind in ("fast", "ancestral"):
         flat[f"{kind}_evaluations"] = scores[kind]["sampling"]["network_evaluations"]
     return flat
@@ -104,15 +102,6 @@ def loss_curve(cell: Cell) -> list[dict[str, float]]:
     except (OSError, TypeError, ValueError, csv.Error) as error:
         raise damaged(path, error) from None
     return found
-
-
-def over_training(cell: Cell) -> list[dict[str, float]]:
-    """Scores of the averages at each quarter of the last phase: `images` trained on, the names in OVER_TRAINING, their errors."""
-    path = paths.scores("evaluate", str(cell))
-    with sound(path):
-        points = read_json(path)["over_training"]
-        found = [{"images": point["trained_images"]} | _numbers("snapshot_", point) for point in points]
-    return [{name: value for name, value in row.items() if name.startswith(("images", *OVER_TRAINING))} for row in found]
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

@@ -40,7 +40,7 @@ SECTIONS = {
     "real images": r".*_floor$",
 }
 CLOCKED = ("images_per_sec", "peak_memory_mib", "cuda_memory_mib")  # not the same when measured again
-BY_STEP = ("lr", "train_loss", "val_loss", *results.OVER_TRAINING, *CLOCKED)
+BY_STEP = ("lr", "train_loss", "val_loss", *CLOCKED)
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,10 @@ def read_record(tree: Tree, cell: Cell, *, fresh: str = "") -> Record:
     files = [(drawn / name, "samples") for name in ("grid.png", "chain.png", "denoising.gif")]
     files += [(path, "data") for path in sorted(paths.data_figures(cell.dataset).glob("*.png"))]
     files += [(paths.prepared(cell.dataset) / "dataset.json", "data")]
-    row = results.row(cell)
-    numbers = {name: value for name, value in row.items() if name not in results.IDENTITY}
+    numbers = {name: value for name, value in results.row(cell).items() if name not in results.IDENTITY}
     clocks, clocks_by_step = results.clocks(tree, cell, fresh=fresh)
-    batch = tree.params.train.batch
-    scored = [{"step": row["images"] // batch, **row} for row in results.over_training(cell)]
-    by_step = [*results.loss_curve(cell), *scored]
-    raw = tree.raw_digest(cell.dataset)
-    return Record(cell, results.machines(cell), raw, numbers, by_step, clocks, clocks_by_step, files, previews)
+    raw, curve = tree.raw_digest(cell.dataset), results.loss_curve(cell)
+    return Record(cell, results.machines(cell), raw, numbers, curve, clocks, clocks_by_step, files, previews)
 
 
 def runs_by_cell(client: "MlflowClient", experiment: str) -> dict[str, list["Run"]]:

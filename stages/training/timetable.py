@@ -16,23 +16,17 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Timetable:
-    """The phases, the steps after which the losses are reported, and those after which the average is kept, with its name."""
+    """The phases, and the steps after which the losses are reported."""
 
     phases: tuple[Phase, ...]
     reports: frozenset[int]
-    snapshots: dict[int, str]
 
     @classmethod
     def of(cls, images: Sequence[int], batch: int, points: int) -> "Timetable":
-        """The timetable of phases of so many images.
-
-        Every phase has `points` reports, the last of them at its end. The average is kept at each quarter of the last phase.
-        """
+        """The timetable of phases of so many images, each with `points` reports, the last of them at its end."""
         ends = list(itertools.accumulate(math.ceil(n / batch) for n in images))
         phases = tuple(Phase(begin, end) for begin, end in itertools.pairwise([0, *ends]))
-        reports = {step for phase in phases for step in _parts(phase, points)}
-        names = ("ema-25", "ema-50", "ema-75", "ema")
-        return cls(phases, frozenset(reports), dict(zip(_parts(phases[-1], len(names)), names, strict=True)))
+        return cls(phases, frozenset(step for phase in phases for step in _parts(phase, points)))
 
     @property
     def end(self) -> int:

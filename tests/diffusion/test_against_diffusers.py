@@ -77,7 +77,7 @@ def step_difference(pair, schedule, prediction, clip, t, *, float64=True, **chan
     their_x = scheduler.step(network(x, level), t, x, **rng, **{**step_options, **changed}).prev_sample
     denoise = denoiser(lambda x, level, y: network(x, level[0]), prediction, torch.zeros(3).long(), unlabelled=0, clip=clip)
     noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    ((our_x, _),) = samplers.find(ours)(denoise, x, path, lambda after: noise, **our_options)
+    ((our_x, _),) = samplers.find(ours)(denoise, path, lambda a, _: noise if a else x, **our_options)
     return ((our_x - their_x).abs().max() / our_x.abs().max().clamp_min(1)).item()
 
 
@@ -102,9 +102,9 @@ def chain_difference(pair, schedule, prediction, clip, steps, *, float64=True, s
         output = network(their_x, logsnr(alpha_bar[t])).to(their_x.dtype)
         their_x = scheduler.step(output, t, their_x, **rng, **step_options).prev_sample
     denoise = denoiser(lambda x, level, y: network(x, level[0]), prediction, torch.zeros(3).long(), unlabelled=0, clip=clip)
-    *_, (our_x, _) = samplers.find(ours)(
-        denoise, x, spaced(alpha_bar, steps, spacing), lambda after: draws[steps - 1 - after], **our_options
-    )
+    path = spaced(alpha_bar, steps, spacing)
+    from_level = dict(zip(path.tolist(), draws, strict=False))
+    *_, (our_x, _) = samplers.find(ours)(denoise, path, lambda a, _: from_level[float(a)] if a else x, **our_options)
     return ((our_x - their_x).abs().max() / our_x.abs().max().clamp_min(1)).item()
 
 

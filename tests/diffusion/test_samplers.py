@@ -1,4 +1,5 @@
 import inspect
+import itertools
 import math
 import sys
 
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.diffusion import by_name, noise, samplers, schedules
+from stages.diffusion import by_name, samplers, schedules
+from stages.diffusion.brownian import Brownian
 from stages.diffusion.samplers import find, names
 from stages.diffusion.schedules import noise_levels
 from stages.diffusion.spacings import SPACINGS, spaced
@@ -25,13 +27,14 @@ def gaussian_denoiser(x, a):
 
 
 def draw(sampler, denoise, path, shape=(4, 1, 3, 3), seed=0, **options):
-    index = torch.arange(shape[0])
-
-    def noise_at(after):
-        return noise.gaussian(seed, index, after, shape[1:]).double()
-
-    *_, (x, _) = find(sampler)(denoise, noise_at(len(path) + 1), path, noise_at, **options)
+    noise = Brownian(seed, torch.arange(shape[0]), shape[1:], path)
+    *_, (x, _) = find(sampler)(denoise, path, lambda *step: noise(*step).double(), **options)
     return x
+
+
+def noise_of(x_T, then):
+    """The noise of a chain that starts at x_T; `then` says that of a step between two levels."""
+    return lambda a, a_next: x_T if a == 0 else then(a, a_next)
 
 
 @pytest.mark.parametrize("sampler", names())
@@ -73,7 +76,7 @@ def order(sampler, spacing="even_logsnr", schedule="cosine"):
     steps, errors = [10, 20, 40, 80, 160], []
     for count in steps:
         path = SPACINGS[spacing](alpha_bar, count + 1)
-        *_, (x, _) = sampler(gaussian_denoiser, x_T, path, lambda after: torch.full_like(x_T, math.nan))
+        *_, (x, _) = sampler(gaussian_denoiser, path, noise_of(x_T, lambda *_: torch.full_like(x_T, math.nan)))
         errors.append((x - exact).abs().max().item())
     return -np.median(np.diff(np.log2(errors)))
 
@@ -121,10 +124,8 @@ def test_ddim_with_eta_1_equals_ddpm_step_by_step():
     def denoise(x, a):
         return (0.8 * x).clamp(-1, 1)
 
-    def noise_at(after):
-        return torch.full_like(x_T, 0.1 * after)
-
-    chains = find("ddpm")(denoise, x_T, path, noise_at), find("ddim")(denoise, x_T, path, noise_at, eta=1.0)
+    noise = noise_of(x_T, lambda a, a_next: torch.full_like(x_T, float(a + 3 * a_next)))
+    chains = find("ddpm")(denoise, path, noise), find("ddim")(denoise, path, noise, eta=1.0)
     for k, ((x_ddpm, _), (x_ddim, _)) in enumerate(zip(*chains, strict=True)):
         torch.testing.assert_close(x_ddpm, x_ddim, rtol=0, atol=1e-9, msg=f"step {k}")
 
@@ -142,7 +143,7 @@ def test_heun_is_the_published_algorithm_in_sigma():
             slope_there = (ahead - gaussian_denoiser(ahead * path[i + 1].sqrt(), path[i + 1])) / sigma[i + 1]
             ahead = ve + (sigma[i + 1] - sigma[i]) * (slope + slope_there) / 2
         ve = ahead
-    *_, (ours, _) = find("heun")(gaussian_denoiser, x, path, lambda after: x)
+    *_, (ours, _) = find("heun")(gaussian_denoiser, path, lambda *_: x)
     # sigma starts at 4,000: rounding of 2e-16 there is 1e-12 here.
     torch.testing.assert_close(ours, ve, rtol=0, atol=1e-10)
 
@@ -163,20 +164,34 @@ def test_evaluations_of_a_step():
         assert len(calls) == expected, name
 
 
-def test_noise_is_asked_for_by_how_many_steps_follow():
+@pytest.mark.parametrize(
+    ("name", "options", "stochastic"),
+    [
+        ("ddpm", {"variance": "posterior"}, True),
+        ("ddpm", {"variance": "beta"}, True),
+        ("ddim", {"eta": 0.0}, False),
+        ("ddim", {"eta": 0.5}, True),
+        ("ddim", {"eta": 1.0}, True),
+        ("dpm_solver_pp_2m", {}, False),
+        ("sde_dpm_solver_pp_2m", {}, True),
+        ("heun", {}, False),
+    ],
+)
+def test_noise_is_asked_for_between_the_levels_of_each_step(name, options, stochastic):
     asked = []
     x = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
-    path = spaced(table(), 100, "trailing")
-    list(find("ddpm")(gaussian_denoiser, x, path, lambda after: asked.append(after) or x))
-    assert asked == list(range(99, 0, -1))  # t of a full chain; the last step has no noise
+    path = spaced(table(), 10, "trailing")
+    list(find(name)(gaussian_denoiser, path, lambda *step: asked.append(tuple(map(float, step))) or x, **options))
+    levels = [0.0, *path.tolist()[:-1]]  # the last step, to an image, has no noise
+    assert asked == (list(itertools.pairwise(levels)) if stochastic else [(0.0, 0.0)])
 
 
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
 def test_variance_of_an_ancestral_step(variance):
     a, a_next = torch.tensor([0.3, 0.5], dtype=torch.float64)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    ((quiet, _),) = find("ddpm")(gaussian_denoiser, x, torch.stack([a, a_next]), lambda after: x, variance=variance)
-    ((loud, _),) = find("ddpm")(gaussian_denoiser, x, torch.stack([a, a_next]), lambda after: x + 1, variance=variance)
+    ((quiet, _),) = find("ddpm")(gaussian_denoiser, torch.stack([a, a_next]), lambda *_: x, variance=variance)
+    ((loud, _),) = find("ddpm")(gaussian_denoiser, torch.stack([a, a_next]), noise_of(x, lambda *_: x + 1), variance=variance)
     beta = 1 - 0.3 / 0.5
     expected = beta if variance == "beta" else beta * (1 - 0.5) / (1 - 0.3)
     assert ((loud - quiet) ** 2).item() == pytest.approx(expected, rel=1e-12)
@@ -209,7 +224,7 @@ def test_what_cannot_start_without_any_signal_says_so_and_shifted_cosine_can():
     alpha_bar = torch.from_numpy(noise_levels("cosine", 100, size=28, reference_size=None, zero_terminal_snr=True))
     x = torch.zeros(1, 1, 2, 2).double()
     with pytest.raises(ValueError, match="'heun' cannot start at a zero SNR"):
-        next(find("heun")(gaussian_denoiser, x, spaced(alpha_bar, 10, "trailing"), lambda after: x))
+        next(find("heun")(gaussian_denoiser, spaced(alpha_bar, 10, "trailing"), lambda *_: x))
     for spacing in ("even_logsnr", "karras"):
         with pytest.raises(ValueError, match="use 'trailing'"):
             spaced(alpha_bar, 10, spacing)

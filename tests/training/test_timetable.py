@@ -1,12 +1,11 @@
 from stages.training.timetable import Phase, Timetable
 
 
-def test_phases_follow_one_another_and_each_has_its_reports_and_the_last_the_snapshots():
+def test_phases_follow_one_another_and_each_has_its_reports():
     timetable = Timetable.of([64, 80], batch=8, points=4)
     assert timetable.phases == (Phase(0, 8), Phase(8, 18))
     assert timetable.end == 18
     assert timetable.reports == {2, 4, 6, 8, 11, 13, 16, 18}
-    assert timetable.snapshots == {11: "ema-25", 13: "ema-50", 16: "ema-75", 18: "ema"}
     assert timetable.longest_interval == 3
     assert [timetable.phase_of(step).end for step in (1, 8, 9, 18)] == [8, 8, 18, 18]
 

@@ -1,17 +1,15 @@
 """Samplers: from noise to images along a path of noise levels. A file each, found by its name; here is what they share.
 
-The file NAME.py defines `sample(denoise, x, path, noise, **options)`. It yields (x, x0_hat) after each step: x is where the chain
+The file NAME.py defines `sample(denoise, path, noise, **options)`. It yields (x, x0_hat) after each step: x is where the chain
 now stands, x0_hat what it believed on the way; the last x is the sample. It knows the network only as a denoiser.
 
 Args:
     denoise: see Denoiser.
-    x: (B, C, H, W) standard normal.
     path: (S + 1,) float64 of rising alpha_bar: where the chain starts, and where each of its S steps ends; 1, no noise, for images.
         A step may span several of those that the schedule has.
     noise: see Noise.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -22,8 +20,15 @@ from stages.diffusion.process import logsnr
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t, alpha_bar): x_t (B, C, H, W) and its noise level, 0-d float64, to x0_hat shaped like x_t."""
 
-Noise = Callable[[int], Tensor]
-"""Standard normal noise shaped like x, for the step that has so many steps after it: in a full chain, the one that leaves t."""
+Level = Tensor | float
+"""alpha_bar: 0-d float64, or a number."""
+
+Noise = Callable[[Level, Level], Tensor]
+"""Standard normal noise, (B, C, H, W), for the step between two levels of rising alpha_bar, both below 1.
+
+Steps side by side have independent noise. From 0 to a level it is the x_T that belongs to this noise, of a chain that starts there
+and has noise in every step; from 0 to 0, one x_T for all chains without.
+"""
 
 Steps = Iterator[tuple[Tensor, Tensor]]
 
@@ -40,12 +45,6 @@ def find(name: str) -> Callable[..., Steps]:
     """The function `sample` of a sampler. Raises ValueError, with the names that there are, for an unknown one."""
     function: Callable[..., Steps] = by_name.find("samplers", name, "sample")
     return function
-
-
-def each_step(path: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(steps after it, alpha_bar where it starts, alpha_bar where it ends) of each step of a path."""
-    for i, (a, a_next) in enumerate(itertools.pairwise(path)):
-        yield len(path) - 2 - i, a, a_next
 
 
 def eps_of(x: Tensor, x0_hat: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Heun's method, as EDM."""
 
+from itertools import pairwise
+
 from torch import Tensor
 
-from stages.diffusion.samplers import Denoiser, Noise, Steps, each_step, eps_of
+from stages.diffusion.samplers import Denoiser, Noise, Steps, eps_of
 
 
-def sample(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -> Steps:
+def sample(denoise: Denoiser, path: Tensor, noise: Noise) -> Steps:
     """Heun's method in sigma = sqrt(1 / SNR), as in EDM without its churn: two evaluations a step, one where it ends without noise.
 
     A step is DDIM's, then corrected by how eps_hat changed across it.
 
-    Args: those of every sampler, see samplers/__init__.py; no noise is asked for.
+    Args: those of every sampler, see samplers/__init__.py; no noise is asked for but x_T.
 
     Raises:
         ValueError: the path starts at alpha_bar = 0, where sigma is infinite.
@@ -19,7 +21,8 @@ def sample(denoise: Denoiser, x: Tensor, path: Tensor, noise: Noise) -> Steps:
     """
     if path[0] == 0:
         raise ValueError("'heun' cannot start at a zero SNR, where sigma is infinite; use another sampler")
-    for _, a, a_next in each_step(path):
+    x = noise(0, 0)
+    for a, a_next in pairwise(path):
         x0_hat = denoise(x, a)
         eps_hat = eps_of(x, x0_hat, a)
         x = float(a_next.sqrt()) * x0_hat + float((1 - a_next).sqrt()) * eps_hat

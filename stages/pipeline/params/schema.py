@@ -289,14 +289,6 @@ class Train(Section):
     curve_points: Annotated[int, Field(ge=1, le=10_000)]
     deterministic: bool
 
-    @model_validator(mode="after")
-    def _long_enough(self) -> "Train":
-        if min(self.images) < 4 * self.batch:
-            raise ValueError(
-                f"images = {min(self.images)} must be at least 4 batches of {self.batch}: the average is kept at each quarter"
-            )
-        return self
-
     def of(self, dataset: str) -> "Train":
         """The section as one dataset sees it: `images` multiplied, `longer` empty."""
         times = self.longer.get(dataset, 1)
@@ -328,9 +320,9 @@ class AncestralSampler(Section):
 class Sample(Section):
     """What is drawn, and how."""
 
+    seed: Seed
     images: SetSize
     ancestral_images: Count
-    snapshot_images: SetSize
     guidance: NonNegative
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)]
     clip_x0: bool
@@ -341,9 +333,8 @@ class Sample(Section):
 
     @model_validator(mode="after")
     def _fast_set_is_the_largest(self) -> "Sample":
-        for name in ("snapshot_images", "ancestral_images"):
-            if getattr(self, name) > self.images:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at most images = {self.images}")
+        if self.ancestral_images > self.images:
+            raise ValueError(f"ancestral_images = {self.ancestral_images} must be at most images = {self.images}")
         return self
 
     @model_validator(mode="after")
