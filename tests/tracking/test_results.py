@@ -70,7 +70,72 @@ def test_a_clock_is_that_of_what_the_stage_was_run_with() -> None:
     [
         "",
         '{"seconds": 7',
-        '    with pytest.raises(UserError, match=r"^metrics/evaluate/mnist-cosine-100-0\.json is damaged"):
+        '<<<<<<< HEAD\n{"seconds": 7}\n=======\n{"seconds": 8}\n>>>>>>> other\n',
+        "[7]",
+        '{"seconds": "long"}',
+        '{"seconds": 7, "by_step": 3}',
+        '{"seconds": 7, "by_step": [3]}',
+        '{"seconds": 7, "by_step": [{"images_per_sec": 5}]}',
+        '{"seconds": 7, "by_step": [{"step": "two"}]}',
+        '{"seconds": 7, "by_step": [[["step", 1]], "x"]}',
+    ],
+)
+def test_a_damaged_timing_counts_as_not_recorded_and_is_told_once(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = Path(".state/clocks/train").iterdir()
+    write(path, text)
+    row = results.row(CELL)
+    assert row["fid"] == 2
+    assert clocked() == ({}, [])
+    assert clocks.expected_seconds("train", "mnist-cosine-0") is None
+    assert "-" in results.table([row])
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"{path} is damaged" in told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        CURVE[:-1],
+        CURVE[: CURVE.index("64,") + 2],
+        CURVE.partition("\n")[0] + "\n",
+        CURVE.partition("\n")[2],
+        CURVE.replace("2,128", "<<<<<<< HEAD\n2,128"),
+        "<<<<<<< HEAD\n" + CURVE,
+        CURVE.replace("0.8,", "none,"),
+        CURVE.replace("0.8,", "nan,"),
+        CURVE.replace("0.85", "0.85,0.9"),
+        CURVE.replace("2,128", ",128"),
+        CURVE.replace("0.8,", '"0.8,'),
+        CURVE.replace("0.8,", "0\0"),
+    ],
+)
+def test_a_damaged_curve_is_told_in_one_line(text: str) -> None:
+    write(paths.loss_curve(str(CELL.training)), text)
+    with pytest.raises(UserError, match=r"^metrics/train/mnist-cosine-0\.csv is damaged \(.*\); `git checkout .*`$"):
+        results.loss_curve(CELL)
+
+
+def test_a_curve_that_is_no_utf_8_is_told_in_one_line() -> None:
+    paths.loss_curve(str(CELL.training)).write_bytes(CURVE.encode("utf-16"))
+    with pytest.raises(UserError, match="is damaged"):
+        results.loss_curve(CELL)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fast": [1]},
+        {"fast": None},
+        {"logsnr_grid": {"a": 1}},
+        {"logsnr_grid": [{"eps_mse": {"value": 1}}]},
+        {"logsnr_grid": [{"logsnr": "low", "eps_mse": {"value": 1}}]},
+    ],
+)
+def test_scores_of_another_form_are_told_in_one_line(changes: dict) -> None:
+    write(paths.scores("evaluate", str(CELL)), json.dumps({**SCORES, **changes}))
+    with pytest.raises(UserError, match=r"^metrics/evaluate/mnist-cosine-100-0\.json is damaged"):
         results.row(CELL)
 
 
