@@ -32,6 +32,7 @@ LIBRARIES = (  # that stages import, and what takes long of what these import la
     "torch", "torch._dynamo", "safetensors.torch", "scipy.special", "scipy.linalg", "pydantic", "PIL.Image", "ruamel.yaml",
     "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store",
 )  # fmt: skip
+BEGUN = b"\0"  # what who asked hears first: the libraries are there, its fork works
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 HELD = (*PASSED_ON, signal.SIGCHLD)  # while a fork begins, until it has handlers of its own and is known here
 
@@ -80,6 +81,8 @@ def main(command: list[str]) -> int:
                 return _as_shells_say(child.wait())
             if listener in ready and (started := _fork(listener.accept()[0])):
                 askers |= [started]
+                with contextlib.suppress(OSError):  # who asked is gone: the next turn ends the fork
+                    started[1].send(BEGUN)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
@@ -149,7 +152,8 @@ def _become(files: list[int], module: str, arguments: list[str], cwd: str, envir
 def ask(module: str, arguments: list[str]) -> int | None:
     """Have a module run as a fork of the process that listens at ADDRESS; its exit code, or None where nobody does.
 
-    Ctrl-C on a terminal reaches the fork too, so this process waits for it to end; a SIGTERM is passed on.
+    Ctrl-C on a terminal reaches the fork too, so this process waits for it to end. A SIGTERM is passed on; before there is a fork,
+    for to import the libraries may take long, it ends this process at once, and the fork ends as it begins.
     """
     environment = dict(os.environ)
     asker = socket.socket(socket.AF_UNIX)
@@ -167,9 +171,11 @@ def ask(module: str, arguments: list[str]) -> int | None:
     try:
         socket.send_fds(asker, [len(request).to_bytes(4, "big")], [0, 1, 2])
         asker.sendall(request)
-        signal.signal(signal.SIGTERM, lambda number, _: asker.send(bytes([number])) and None)
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-        code = asker.recv(1)
+        begun = asker.recv(1)
+        signal.signal(signal.SIGTERM, lambda number, _: asker.send(bytes([number])) and None)
+        code = asker.recv(1) if begun else b""
     except OSError:
         code = b""
     if not code:

@@ -161,6 +161,22 @@ def test_a_command_that_is_killed_while_the_libraries_are_imported_is_heard_of(w
     assert process.wait(10) == 128 + signal.SIGKILL
 
 
+def test_a_stage_that_is_ended_before_it_begins_ends_at_once(workspace: Path) -> None:
+    """To import the libraries may take long; the fork that they are for never works."""
+    plumbing = workspace / "stages/sweep/warm.py"
+    plumbing.write_text(plumbing.read_text().replace('LIBRARIES = ("wave",)', 'LIBRARIES = ("slow",)'))
+    (workspace / "slow.py").write_text("import time\nfrom pathlib import Path\nPath('pid').write_text('0')\ntime.sleep(4)\n")
+    told = "import subprocess, sys, time; from pathlib import Path\n"
+    told += "stage = subprocess.Popen([sys.executable, '-m', 'stages.probe', 'a'], stdout=subprocess.PIPE)\n"
+    told += "while not Path('pid').exists(): time.sleep(0.05)\n"
+    told += "began = time.monotonic(); stage.terminate(); code = stage.wait()\n"
+    told += "print(code, time.monotonic() - began < 2); time.sleep(5); print(stage.stdout.read())\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.sweep.warm", sys.executable, "-c", told], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "143 True\nb''\n", done.stderr
+
+
 def test_without_a_listener_a_stage_starts_by_itself(workspace: Path) -> None:
     environment = {**os.environ, warm.ADDRESS: "nobody"}
     command = [sys.executable, "-m", "stages.probe", "a"]
