@@ -4,11 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+AXES = {1: ("dataset",), 3: ("dataset", "schedule", "seed"), 4: ("dataset", "schedule", "T", "seed")}
+"""What the parts of a name are: of a dataset, of what all T of a schedule share, of a cell."""
+
 
 def of_item(entry: str, item: str) -> str:
     """An entry of dvc.yaml for one dataset, or for one cell, by its name."""
-    dataset, schedule, *_ = [*item.split("-"), ""]
-    return entry.replace("${item.dataset}", dataset).replace("${item.schedule}", schedule).replace("${key}", item)
+    parts = item.split("-")
+    for axis, part in zip(AXES[len(parts)], parts, strict=True):
+        entry = entry.replace(f"${{item.{axis}}}", part)
+    return entry.replace("${key}", item)
 
 
 def deps(stage: dict[str, Any], item: str, values: dict[str, Any]) -> list[str]:
