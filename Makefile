@@ -16,8 +16,8 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 	@echo "TORCH=cpu with the first of them installs a small torch without CUDA; VENV=path uses another environment."
 
-repro: $(VENV)/.installed ## make every result that is missing or out of date, record it in MLflow, print the comparison
-	@$(ENTER) exec python -m stages.sweep.runner
+repro: $(VENV)/.installed ## make every result that is missing or out of date; JOBS=n: n at a time, CELL=name: that cell alone
+	@$(ENTER) exec python -m stages.sweep.runner $(if $(JOBS),--jobs "$(JOBS)") $(if $(CELL),--cell "$(CELL)")
 
 test: $(VENV)/.installed-dev ## the quick tests, on all cores
 	@$(ENTER) $(PYTEST)

@@ -1,7 +1,7 @@
 """What a cell costs beside its work: process starts, imports, loading, hashing, logging, DVC and MLflow.
 
 Clones the last commit, makes what is there once for each dataset and a first cell, then one more cell, then three in one run, all
-of next to no work: 4 batches of training, 64 samples in 2 steps. The commands are those of `make repro`. On the CPU: the seconds
+of next to no work: 4 batches of training, 64 samples in 2 steps, with `dvc repro` and forked stages. On the CPU: the seconds
 that each further cell of a run takes, and the parts of them inside train, sample and evaluate; those that a run takes before and
 beside its cells; those of a run with nothing to do. Does `compare` import torch? One JSON line.
 Run: python benchmarks/fixed_cost.py

@@ -1,8 +1,8 @@
 """Kill `make repro` of a small pipeline at every place and in every way; see that it stops, goes on, and ends as if never broken.
 
-A round begins with nothing made, kills `make repro` one to three times, and lets the next one end. After every kill nothing may
-run on. At the end of a round every result has the bits of the run that was never broken, MLflow holds one finished run with each
-step once, and nothing unfinished is left over.
+A round begins with nothing made, kills `make repro` one to three times, and lets the next one end, all with one unit at a time or
+with two. After every kill nothing may run on. At the end of a round every result has the bits of the run that was never broken and
+ran one unit at a time, MLflow holds one finished run of each cell with each step once, and nothing unfinished is left over.
 
 Prints one JSON line. Run: python benchmarks/kills.py [--kills 50] [--seed 0] [--folder EMPTY_FOLDER] [--summary FILE]
 """
@@ -47,15 +47,17 @@ sample: {images: 192, ancestral_images: 8, chunk: 32, fast: {steps: 4}}
 evaluate: {images: 32, draws: 2, min_scored: 32}
 runtime: {checkpoint_seconds: 0.3}
 """
+CELLS = [f"persian_glyphs-{schedule}-8-0" for schedule in ("cosine", "sigmoid")]
+TWO_CELLS = PROFILE.replace("schedules: [cosine]", "schedules: [cosine, sigmoid]")
 MADE = ("data", "models", "samples", "metrics")  # what must not depend on kills,
 CLOCKED = ("metrics/timing/", "metrics/summary", "metrics/report.md", "metrics/figures/cost.png")  # but for what a clock says
 
 STAGES = ("fetch", "prepare", "extractor", "reference", "train", "sample", "evaluate", "compare")
-PLACES = (  # of a run: before DVC, before its first stage, while MLflow's database is made, a stage, after one, after DVC
+PLACES = (  # of a run: before DVC, a DVC before its first stage, while MLflow's database is made, a stage, after one, after DVC
     "plan", "start", *STAGES[:4], "MLflow", *STAGES[4:], "between", "sync",
 )  # fmt: skip
-CHAIN = ("group", "make", "runner", "warm", "dvc", "shell", "asker", "stage")  # who is killed; each has started the next
-ABOVE = CHAIN[:3]  # whose end is the end of all
+CHAIN = ("group", "make", "runner", "warm", "engine", "dvc", "shell", "asker", "stage")  # who is killed; each has started the next
+ABOVE = CHAIN[:5]  # whose end is the end of all
 WAYS = [
     (whom, how)
     for whom, signals in {
@@ -63,6 +65,7 @@ WAYS = [
         "make": ("SIGTERM", "SIGKILL"),  # make itself waits for the recipe at any other
         "runner": ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"),
         "warm": ("SIGTERM", "SIGKILL"),
+        "engine": ("SIGTERM", "SIGKILL"),
         "dvc": ("SIGTERM", "SIGKILL"),
         "shell": ("SIGTERM", "SIGKILL"),
         "asker": ("SIGTERM", "SIGKILL"),
@@ -117,8 +120,16 @@ def commit(folder: Path, message: str) -> None:
     call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--allow-empty", "-qm", message)
 
 
+class Seen(NamedTuple):
+    """A process: its name in CHAIN, itself, and the log of its unit; no log for those above all units."""
+
+    role: str
+    process: psutil.Process
+    log: str = ""
+
+
 class Pipeline:
-    """A copy of the working tree with one small cell, made once without a kill. Beside it: outputs, and files of no name."""
+    """A copy of the working tree with two small cells, made once without a kill. Beside it: outputs, and files of no name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -128,25 +139,27 @@ class Pipeline:
         self.shell = self.temporary / "shell"  # some shells wait for their last command; this one shall
         self.shell.write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n')
         self.shell.chmod(0o755)
-        copy_tree(folder, PROFILE)
+        copy_tree(folder, TWO_CELLS)
         self.seconds, self.lasts = self._unbroken()
         self.unbroken = self.digests()
 
     def _unbroken(self) -> tuple[float, dict[str, float]]:
         """Seconds of a run without a kill, and of each place in it; of a stage also those in which it is a process already."""
-        lasts, began = Counter[str](), time.monotonic()
-        then = began
-        with Run(self) as run:
+        lasts, times, began = Counter[str](), Counter[str](), time.monotonic()
+        before, then = set[str](), began
+        with Run(self, jobs=1) as run:
             while run.shell.poll() is None:
-                place, now = run.place()[0], time.monotonic()
-                for key in (place, f"{place} in its fork")[: 1 + run.runs("stage")]:
+                places, now = run.look(), time.monotonic()
+                keys = {place for place, _ in places.values()}
+                keys |= {f"{place} in its fork" for log, (place, _) in places.items() if run.who("stage", log)}
+                for key in keys:
                     lasts[key] += now - then
-                then = now
+                times.update(keys - before)
+                before, then = keys, now
                 time.sleep(0.05)
         if run.shell.returncode:
             raise AssertionError(run.output.read_text())
-        lasts["between"] /= len(STAGES)
-        return then - began, dict(lasts)
+        return then - began, {key: seconds / times[key] for key, seconds in lasts.items()}
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every result file."""
@@ -158,23 +171,24 @@ class Pipeline:
         """Undo all that was made, in DVC's memory and in MLflow too."""
         call(self.folder, "git", "clean", "-fdxq", "-e", "__pycache__")
 
-    def processes(self) -> list[tuple[str, psutil.Process]]:
-        """Who runs here or was started from here, oldest first, each with its name in CHAIN; "other" for all else."""
+    def processes(self) -> list[Seen]:
+        """Who runs here or was started from here, oldest first; "other" are those that have no name in CHAIN."""
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):
                 here = Path(process.cwd()).is_relative_to(self.folder)
                 if here or process.environ().get("TMPDIR") == str(self.temporary):
-                    found.append((_role(process), process))
+                    output = str(Path(f"/proc/{process.pid}/fd/1").readlink())
+                    found.append(Seen(_role(process), process, output if output.endswith(".log") else ""))
         return found
 
-    def killed_run(self, kill: Kill, part: float) -> dict[str, Any]:
+    def killed_run(self, kill: Kill, part: float, jobs: int) -> dict[str, Any]:
         """What came of a `make repro` that was killed after a part of the time that a place lasts; no `hit` where nobody was."""
-        about: dict[str, Any] = {"kill": " ".join(filter(None, kill)), "faults": []}
+        about: dict[str, Any] = {"kill": " ".join(filter(None, kill)), "jobs": jobs, "faults": []}
         lasts = self.lasts.get(f"{kill.place} in its fork" if kill.whom == "stage" else kill.place, 0)
-        with Run(self) as run:
+        with Run(self, jobs) as run:
             about["output"] = run.output.name
-            if run.wait_for(kill, part * lasts) and (doomed := run.fire(kill)) is not None:
+            if (log := run.wait_for(kill, part * lasts)) is not None and (doomed := run.fire(kill, log)) is not None:
                 about |= {"hit": run.hit, "seconds": _outlasts(doomed, limit := _limit(kill))}
                 if about["seconds"] is None:
                     about["faults"].append(f"run on {limit} s after it: {_told(doomed)}")
@@ -188,9 +202,9 @@ class Pipeline:
             time.sleep(0.05)
         return [f"still running: {told}" for told in _told(found)]
 
-    def finish(self) -> list[str]:
+    def finish(self, jobs: int) -> list[str]:
         """Let a `make repro` end; what is not as after an unbroken run."""
-        with Run(self) as run:
+        with Run(self, jobs) as run:
             faults = run.end()
         if run.shell.returncode:
             return [*faults, f"make repro ended with {run.shell.returncode}: {run.output.name}"]
@@ -209,30 +223,37 @@ class Pipeline:
         return found + self._faults_in_mlflow() + self.left(0)
 
     def _faults_in_mlflow(self) -> list[str]:
-        rows = (self.folder / f"metrics/train/{CELL}.csv").read_text().splitlines()[1:]
-        wanted, found = [int(row.split(",")[0]) for row in rows], []
+        found = []
         with contextlib.closing(sqlite3.connect(self.folder / "mlflow.db")) as database:
-            runs = database.execute("select status, lifecycle_stage from runs").fetchall()
-            if runs != [("FINISHED", "active")]:
+            runs = database.execute("select name, status, lifecycle_stage from runs order by name").fetchall()
+            if runs != [(cell, "FINISHED", "active") for cell in CELLS]:
                 found.append(f"runs: {runs}")
-            for name in ("train_loss", "images_per_sec"):
-                steps = [step for (step,) in database.execute("select step from metrics where key = ? order by step", [name])]
-                if steps != wanted:
-                    found.append(f"steps of {name}: {steps}")
+            for cell, name in itertools.product(CELLS, ("train_loss", "images_per_sec")):
+                rows = (self.folder / f"metrics/train/{cell}.csv").read_text().splitlines()[1:]
+                select = "select step from metrics join runs using (run_uuid) where key = ? and runs.name = ? order by step"
+                steps = [step for (step,) in database.execute(select, [name, cell])]
+                if steps != [int(row.split(",")[0]) for row in rows]:
+                    found.append(f"steps of {name} of {cell}: {steps}")
         return found
 
 
 class Run:
     """A `make repro` below a shell, as a terminal has it. Its output goes to a file."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline, self._began, self._seen = pipeline, False, set[int]()
-        self._running: list[tuple[str, psutil.Process]] = []  # when `place` looked last
+    def __init__(self, pipeline: Pipeline, jobs: int) -> None:
+        self._pipeline, self._began, self._compared, self._seen = pipeline, False, False, set[tuple[str, int]]()
+        self._running: list[Seen] = []  # when `look` looked last
         self.hit = ""  # where the run was when it was killed
         self.output = pipeline.outputs / f"{len(list(pipeline.outputs.iterdir())):03}.txt"
         with self.output.open("wb") as file:
             self.shell = subprocess.Popen(
-                ("sh", "-c", 'make -s -o "$0/.installed" repro VENV="$0"; exit $?', sys.prefix),  # -o: it installs nothing
+                (
+                    "sh",
+                    "-c",
+                    'make -s -o "$0/.installed" repro VENV="$0" JOBS="$1"; exit $?',
+                    sys.prefix,
+                    str(jobs),
+                ),  # -o: it installs nothing
                 cwd=pipeline.folder,
                 env=environment() | {"TMPDIR": str(pipeline.temporary), "SHELL": str(pipeline.shell)},
                 stdout=file,
@@ -246,60 +267,72 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         """Leave nobody behind, also where the harness is stopped."""
-        for _, process in self._pipeline.processes():
+        for seen in self._pipeline.processes():
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                seen.process.kill()
         self.shell.wait()
 
-    def place(self) -> tuple[str, str]:
-        """Where the run is, and the stage that DVC began last."""
-        begun = re.findall(r"^Running stage '(\w+)", self.output.read_text(errors="replace"), re.MULTILINE)
+    def look(self) -> dict[str, tuple[str, str]]:
+        """Of each unit that runs, by its log, the place and the stage that DVC began last; "" is the run, where none does."""
         self._running = self._pipeline.processes()
-        running = {role for role, _ in self._running}
-        stage = begun[-1] if begun else ""
-        self._began |= "dvc" in running
-        if "dvc" not in running:
-            return "sync" if self._began else "plan", stage
-        if "asker" in running:
-            self._seen.add(len(begun))
-        elif len(begun) in self._seen:
-            return "between", stage
-        if stage == "train" and (self._pipeline.folder / "mlflow.db.partial").exists():
-            return "MLflow", stage
-        return stage or "start", stage
+        logs = {log: self._place(log) for log in {seen.log for seen in self._running if seen.role == "dvc"} - {""}}
+        self._began |= bool(logs)
+        self._compared |= any(stage == "compare" for _, stage in logs.values())
+        return logs or {"": ("plan" if not self._began else "sync" if self._compared else "next", "")}
 
-    def runs(self, whom: str) -> bool:
-        """Whether somebody was there when `place` looked last."""
-        return whom == "group" or any(role == whom for role, _ in self._running)
+    def _place(self, log: str) -> tuple[str, str]:
+        """The place of one unit, and its stage."""
+        begun = re.findall(r"^Running stage '(\w+)", Path(log).read_text(errors="replace"), re.MULTILINE)
+        if not begun:
+            return "start", ""
+        if self.who("asker", log):
+            self._seen.add((log, len(begun)))
+        elif (log, len(begun)) in self._seen:
+            return "between", begun[-1]
+        made = begun[-1] == "train" and (self._pipeline.folder / "mlflow.db.partial").exists()
+        return "MLflow" if made else begun[-1], begun[-1]
 
-    def wait_for(self, kill: Kill, seconds: float) -> bool:
-        """Wait until whom to kill has been at a place for so many seconds, or leaves it; False where the run ends before."""
-        until = None
+    def who(self, whom: str, log: str) -> list[Seen]:
+        """Who of that name was there when `look` looked last: of a unit, or above all."""
+        return [seen for seen in self._running if seen.role == whom and (whom in ABOVE or seen.log == log)]
+
+    def wait_for(self, kill: Kill, seconds: float) -> str | None:
+        """Wait until whom to kill has been at a place for so many seconds, or leaves it; the log of its unit.
+
+        None where the run ends before.
+        """
+        until = dict[str, float]()
         while self.shell.poll() is None:
-            place, stage = self.place()
-            at = place == kill.place and (place != "between" or stage == kill.stage)
-            if at and until is None and self.runs(kill.whom):
-                until = time.monotonic() + seconds
-            if until and (not at or time.monotonic() >= until) and self.runs(kill.whom):
-                return True
+            places = self.look()
+            for log, (place, stage) in places.items():
+                at = place == kill.place and (place != "between" or stage == kill.stage)
+                if at and log not in until and self._is_there(kill, log):
+                    until[log] = time.monotonic() + seconds
+            for log, then in until.items():
+                if (places.get(log, ("", ""))[0] != kill.place or time.monotonic() >= then) and self._is_there(kill, log):
+                    return log
             time.sleep(0.05)  # each look takes 10 ms
-        return False
+        return None
 
-    def fire(self, kill: Kill) -> list[tuple[str, psutil.Process]] | None:
+    def _is_there(self, kill: Kill, log: str) -> bool:
+        return kill.whom == "group" or bool(self.who(kill.whom, log))
+
+    def fire(self, kill: Kill, log: str) -> list[Seen] | None:
         """Kill, and tell who must end with it; None where whom to kill is gone."""
         number = signal.Signals[kill.how]
-        self.hit = self.place()[0]
+        self.hit = self.look().get(log, ("between", ""))[0]
+        self.hit = "between" if self.hit == "next" else self.hit
         try:
             if kill.whom == "group":
                 os.killpg(self.shell.pid, number)
             else:
-                next(process for role, process in self._running if role == kill.whom).send_signal(number)
-        except (StopIteration, ProcessLookupError, psutil.NoSuchProcess):
+                self.who(kill.whom, log)[0].process.send_signal(number)
+        except (IndexError, ProcessLookupError, psutil.NoSuchProcess):
             return None
         if kill.whom in ABOVE:
             return self._running
-        first = CHAIN.index("warm" if kill.whom == "dvc" else kill.whom)  # it lives for DVC alone
-        return [(role, process) for role, process in self._running if role in CHAIN[first:]]
+        below = CHAIN[CHAIN.index(kill.whom) :]  # of its own unit: others go on
+        return [seen for seen in self._running if seen.role in below and seen.log == log]
 
     def end(self) -> list[str]:
         """Let the run end by itself; the faults that it has not, or left somebody behind."""
@@ -324,28 +357,29 @@ def _role(process: psutil.Process) -> str:
         return "stage" if above and "stages.sweep.warm" in " ".join(above.cmdline()) else "warm"
     if process.name() == "make":
         return "make"
-    signs = {"stages.sweep.runner": "runner", "-c python -m stages.": "shell", "-m stages.": "asker", "-m dvc repro": "dvc"}
+    signs = {"stages.sweep.runner": "runner", "stages.sweep.engine": "engine", "-m dvc --wait-for-lock repro": "dvc"}
+    signs |= {"-c python -m stages.": "shell", "-m stages.": "asker"}
     return next((role for sign, role in signs.items() if sign in command), "other")
 
 
 def _limit(kill: Kill) -> int:
-    return ASKED if kill.whom in ABOVE and kill.how != "SIGKILL" else KILLED
+    return ASKED if kill.whom in CHAIN[:3] and kill.how != "SIGKILL" else KILLED
 
 
-def _outlasts(doomed: list[tuple[str, psutil.Process]], seconds: float) -> float | None:
+def _outlasts(doomed: list[Seen], seconds: float) -> float | None:
     """The seconds until the last of them has ended; None where it takes longer than that."""
     began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds:
-        if not any(is_alive(process) for _, process in doomed):
+        if not any(is_alive(seen.process) for seen in doomed):
             return passed
         time.sleep(0.02)
     return None
 
 
-def _told(processes: list[tuple[str, psutil.Process]]) -> list[str]:
+def _told(processes: list[Seen]) -> list[str]:
     """Those that run, in words."""
     found = []
-    for role, process in processes:
+    for role, process, _ in processes:
         with contextlib.suppress(psutil.Error):
             if is_alive(process):
                 found.append(f"{role} {' '.join(process.cmdline())}")
@@ -357,7 +391,7 @@ def drawn(rng: random.Random) -> Iterator[Kill]:
     ways: list[tuple[str, str]] = []
     while True:
         for place in rng.sample(PLACES, len(PLACES)):
-            there = CHAIN[: {"plan": 3, "sync": 3, "start": 5, "between": 5}.get(place, len(CHAIN))]  # who runs at that place
+            there = CHAIN[: {"plan": 5, "sync": 5, "start": 6, "between": 6}.get(place, len(CHAIN))]  # who runs at that place
             if not any(whom in there for whom, _ in ways):
                 ways += rng.sample(WAYS, len(WAYS))
             way = next(way for way in ways if way[0] in there)
@@ -383,9 +417,9 @@ def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
     with tqdm(total=kills, unit="kill", disable=None) as bar:
         while len(done) < kills and not faults:
             pipeline.forget()
-            history, rounds = [], rounds + 1
+            history, rounds, jobs = [], rounds + 1, rng.choice((1, 2))
             for kill in in_order(list(itertools.islice(deck, min(rng.randint(1, 3), kills - len(done)))), rng):
-                history.append(pipeline.killed_run(kill, rng.random()))
+                history.append(pipeline.killed_run(kill, rng.random(), jobs))
                 if "hit" in history[-1]:
                     done.append((history[-1], kill))
                     bar.update()
@@ -393,7 +427,7 @@ def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
                     deck, missed = itertools.chain([kill], deck), missed + 1
                 if history[-1]["faults"]:
                     break
-            faults = [fault for about in history for fault in about["faults"]] or pipeline.finish()
+            faults = [fault for about in history for fault in about["faults"]] or pipeline.finish(jobs)
             if missed > 3 + kills // 4:
                 faults.append(f"{missed} kills found their place passed")
     places, ways = Counter(about["hit"] for about, _ in done), Counter((kill.whom, kill.how) for _, kill in done)
@@ -402,6 +436,7 @@ def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
         "rounds": rounds,
         "places": {place: places[place] for place in PLACES},
         "ways": {f"{how} of {whom}": ways[whom, how] for whom, how in WAYS},
+        "with two at a time": sum(about["jobs"] == 2 for about, _ in done),
         "faults": faults,
         **({"history": history, "folder": str(pipeline.folder), "outputs": str(pipeline.outputs)} if faults else {}),
         "slowest_end_seconds": round(max((about["seconds"] or 0 for about, _ in done), default=0), 1),

@@ -3,6 +3,7 @@
 import getpass
 import importlib.util
 import os
+import re
 import signal
 import sys
 
@@ -20,7 +21,7 @@ if "DVC_STAGE" in os.environ:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, until the stage has a way of its own
     from stages.pipeline import inputs  # noqa: F401  # before all that a stage is made of is imported
 
-if os.environ.get("NAQSH_WARM", "0") != "0" and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):
+if os.environ.get("NAQSH_WARM", "0") != "0" and sys.orig_argv[1:2] == ["-m"] and re.fullmatch(r"stages\.\w+", sys.orig_argv[2]):
     from stages.sweep import warm  # imports little
 
     code = warm.ask(sys.orig_argv[2], sys.orig_argv[3:])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stages.drawing.chain import Chain, Drawn, Guidance, How, class_sequence
 from stages.drawing.weights import load_tensors
-from stages.pipeline import checkpoint, grids, params, paths
+from stages.pipeline import checkpoint, grids, params, paths, processes
 from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.stage import progress, run
 from stages.tracking.mirror import Failing
@@ -58,8 +58,17 @@ def chain_of(cell: params.Cell, sample: params.Sample, weights: Path, counts: Se
     """The chain that draws a cell's images from a file of weights."""
     lowest, highest = sample.guidance_interval
     guidance = Guidance(sample.guidance, (lowest, highest), sample.clip_x0)
-    bf16 = sample.precision == "bf16"
-    return Chain(weights, cell.schedule, cell.T, sample.seed, counts=counts, guidance=guidance, chunk=sample.chunk, bf16=bf16)
+    return Chain(
+        weights,
+        cell.schedule,
+        cell.T,
+        sample.seed,
+        counts=counts,
+        guidance=guidance,
+        chunk=sample.chunk,
+        bf16=sample.precision == "bf16",
+        workers=processes.cores(),
+    )
 
 
 def _set(cell: params.Cell, chain: Chain, name: str, labels: Tensor, how: How) -> tuple[Drawn, dict[str, float]]:
@@ -67,7 +76,7 @@ def _set(cell: params.Cell, chain: Chain, name: str, labels: Tensor, how: How) -
     n, started = len(labels), time.perf_counter()
     drawn = _drawn(chain, n, how, f"{cell} {name}")
     seconds = time.perf_counter() - started
-    rate = n / seconds / chain.share_of_cores(n)  # as if every core had had a chunk all the time
+    rate = n / seconds / chain.share_of_workers(n)  # as if every worker had had a chunk all the time
     about = {"sampler": how.sampler, "spacing": how.spacing, "steps": how.steps, "network_evaluations": drawn.evaluations}
     about |= how.options | {"guidance": chain.guidance.strength, "guidance_interval": chain.guidance_interval}
     about |= {"chunk": chain.chunk, "machine": checkpoint.machine(), "trained_on": chain.about["machines"]}

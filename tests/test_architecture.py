@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from stages.diffusion import by_name
-from stages.pipeline import params, paths
+from stages.pipeline import graph, params, paths
 from stages.pipeline.stage import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ SCIENCE = ("diffusion", "networks", "datasets", "fidelity", "training", "drawing
 START = "stages/__init__.py"  # what every program begins with: it knows who listens to stages, and what they began with
 YAML_READERS = {"ruamel", "yaml"}
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "stages").rglob("*.py"))}
-GRAPH = params.read_yaml(ROOT / "dvc.yaml")["stages"]
+GRAPH = graph.in_order(params.read_yaml(ROOT / "dvc.yaml")["stages"])
 CHOICES = {  # what stands for a choice in dvc.yaml: the names that may be chosen
     "${item.schedule}": by_name.names("schedules"),
     "${sample.fast.sampler}": by_name.names("samplers"),

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -318,10 +319,37 @@ def test_a_failed_cell_shows_no_score_of_before(tree: Path) -> None:
     before = call(tree, sys.executable, "-m", "stages.sweep.plan", "table").stdout
     assert before.count(CELL) == 1
     with edited(tree, ("params.yaml", "lr: 1.8e-2", "lr: 1.0e+6")):
-        failed = call(tree, sys.executable, "-m", "stages.sweep.runner", code=255)
+        failed = call(tree, sys.executable, "-m", "stages.sweep.runner", code=1)
+    assert f"train@{CELL} failed: train: the loss became" in failed.stdout
+    assert f"  left out, for they need it: {CELL}, compare\n" in failed.stdout
     assert f"Without results of the present code, parameters and data: {CELL}" in failed.stdout
     assert "FID" not in failed.stdout
     repro(tree)
+
+
+def test_one_cell_is_made_alone_and_its_score_and_picture_are_told(tree: Path) -> None:
+    with edited(tree, ("params.yaml", "draws: 2", "draws: 3")):
+        said = call(tree, sys.executable, "-m", "stages.sweep.runner", "--cell", CELL).stdout.splitlines()
+        assert said[0] == "To run: evaluate"
+        assert any(re.fullmatch(rf"cell 1 of 1: {CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)  scored", line) for line in said)
+        assert re.fullmatch(rf"{CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)", said[-2])
+        assert said[-1] == f"Picture: samples/{CELL}/grid.png"
+        assert changed(tree) == {"compare"}
+    repro(tree)
+
+
+@pytest.mark.slow
+def test_two_at_a_time_give_the_bits_of_one_at_a_time(tmp_path: Path) -> None:
+    every = []
+    for jobs in ("1", "2"):
+        copy_tree(folder := tmp_path / jobs, TINY.replace("schedules: [cosine]", "schedules: [cosine, sigmoid]"))
+        said = call(folder, sys.executable, "-m", "stages.sweep.runner", "--jobs", jobs).stdout
+        assert said.count("  trained") == 2
+        every.append(results(folder))
+        again = call(folder, sys.executable, "-m", "stages.sweep.runner", "--jobs", jobs).stdout
+        assert again.startswith("Nothing to run: every result is up to date.\n")
+        assert "Data and pipelines are up to date." in repro(folder), "as DVC sees it"
+    assert every[0] == every[1]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from stages.diffusion.samplers import ddim
 from stages.drawing import weights
 from stages.errors import UserError
 from stages.networks.unet import UNet
-from stages.pipeline import checkpoint, params, paths
+from stages.pipeline import checkpoint, params, paths, processes
 
 CELL = params.Cell("toy", "cosine", 12, 1)
 NETWORK = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
@@ -105,12 +105,12 @@ def test_wider_images_are_drawn_and_guided_at_noisier_levels(options, monkeypatc
     assert drawn("fast")[1]["guidance_interval"] == pytest.approx([-4 + shift, 4 + shift])
 
 
-def test_the_rate_is_that_of_all_cores_at_work(options):
+def test_the_rate_is_that_of_all_workers_at_work(options):
     chain = sample.chain_of(CELL, options, paths.weights(str(CELL.training)) / "ema.safetensors", [2, 1, 1])
     shares = {}
-    for cores in (1, 2, 8):
-        chain.cores = cores
-        shares[cores] = [chain.share_of_cores(n) for n in (4, 8, 64, 70)]  # 1, 2, 16 and 18 chunks
+    for workers in (1, 2, 8):
+        chain.workers = workers
+        shares[workers] = [chain.share_of_workers(n) for n in (4, 8, 64, 70)]  # 1, 2, 16 and 18 chunks
     assert shares == {1: [1, 1, 1, 1], 2: [0.5, 1, 1, 1], 8: [0.125, 0.25, 1, 0.75]}
 
 
@@ -176,15 +176,12 @@ def test_an_unconditional_network_asks_for_no_label(options):
     assert drawn("fast")[0]["labels"].unique().tolist() == [-1]
 
 
-def test_the_number_of_cores_does_not_change_a_bit(options):
-    threads, sets = torch.get_num_threads(), []
-    try:
-        for cores in (1, 3):
-            torch.set_num_threads(cores)
-            sample.main(CELL, options)
-            sets.append([path.read_bytes() for path in sorted(paths.samples(str(CELL)).iterdir())])
-    finally:
-        torch.set_num_threads(threads)
+def test_the_number_of_cores_does_not_change_a_bit(options, monkeypatch):
+    sets = []
+    for cores in (1, 3):
+        monkeypatch.setattr(processes, "cores", lambda cores=cores: cores)
+        sample.main(CELL, options)
+        sets.append([path.read_bytes() for path in sorted(paths.samples(str(CELL)).iterdir())])
     assert len(sets[0]) == 5
     assert sets[0] == sets[1]
 

@@ -73,14 +73,25 @@ class Chain:
         counts: how often each class is drawn: see `class_sequence`.
         chunk: the network always runs on this many images; part of what fixes the bits.
         bf16: precision of the network's arithmetic; else float32.
+        workers: how many chunks are drawn side by side on a CPU; no bit depends on it.
     """
 
     def __init__(
-        self, weights: Path, schedule: str, T: int, seed: int, *, counts: Sequence[int], guidance: Guidance, chunk: int, bf16: bool
+        self,
+        weights: Path,
+        schedule: str,
+        T: int,
+        seed: int,
+        *,
+        counts: Sequence[int],
+        guidance: Guidance,
+        chunk: int,
+        bf16: bool,
+        workers: int,
     ) -> None:
         self.net, self.about = load_network(weights)
         self.device = next(self.net.parameters()).device
-        self.cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.workers = workers if self.device.type == "cpu" else 1
         self.seed, self.counts, self.chunk, self.bf16, self.guidance = seed, counts, chunk, bf16, guidance
         self.size = self.about["size"]
         how = {name: self.about["diffusion"][name] for name in ("reference_size", "zero_terminal_snr")}
@@ -91,14 +102,14 @@ class Chain:
     def draw(self, n: int, how: How, *, evaluated: Callable[[int], None] = lambda _: None) -> Drawn:
         """n images, drawn in chunks of one size; a chunk that is asked for in part is drawn whole.
 
-        On a CPU every core draws chunks of its own, on one thread: faster than all at one chunk, and the same bits on any
-        number of cores.
+        On a CPU every worker draws chunks of its own, on one thread: faster than all at one chunk, and the same bits with any
+        number of workers.
 
         Args:
             evaluated: told, from any thread, of how many images made a step.
         """
         starts, drawn, stop = range(0, n, self.chunk), Drawn(torch.empty(0)), threading.Event()
-        with ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 chunks, evaluations = zip(
                     *pool.map(lambda first: self._chunk(first, how, drawn, evaluated, stop), starts), strict=True
@@ -129,10 +140,10 @@ class Chain:
                     break
             return to_uint8(x).cpu(), runs
 
-    def share_of_cores(self, n: int) -> float:
-        """Of the cores, the share that has a chunk, in the mean over `draw`: small sets leave some of many idle."""
+    def share_of_workers(self, n: int) -> float:
+        """Of the workers, the share that has a chunk, in the mean over `draw`: small sets leave some of many idle."""
         chunks = -(-n // self.chunk)
-        return chunks / self.cores / -(-chunks // self.cores)
+        return chunks / self.workers / -(-chunks // self.workers)
 
     def asked(self, labels: Tensor) -> Tensor:
         """The labels that were asked for: -1 where the network knows none."""

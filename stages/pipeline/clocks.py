@@ -41,12 +41,18 @@ def read(stage: str, item: str, entry: dict[str, Any]) -> Clocks:
     return _read(path) if path.exists() else {}
 
 
-def expected_seconds(stage: str, item: str) -> float | None:
-    """What a stage took last, here; else on the same dataset, else on any; None where it was never run."""
+def expected(name: str, what: str) -> float | None:
+    """What a stage measured last, here; else on the same dataset, else on any; None where it was never run.
+
+    Args:
+        name: as DVC has it, train@mnist-cosine-0.
+        what: seconds, or peak_memory_mib.
+    """
+    stage, _, item = name.partition("@")
     for pattern in (f"{item}.*", f"{item.partition('-')[0]}[.-]*", "*"):
         for path in sorted(_folder(stage).glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True):
-            if seconds := _read(path).get("seconds"):
-                return float(seconds)
+            if (found := _read(path).get(what)) is not None:
+                return float(found)
     return None
 
 

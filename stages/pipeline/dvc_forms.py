@@ -6,18 +6,27 @@ Written for DVC 3.67. tests/pipeline/test_dvc_forms.py compares each with what t
 import contextlib
 import itertools
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from stages.errors import UserError, damaged, sound
-from stages.pipeline import params, paths
+from stages.pipeline import graph, params, paths
 from stages.pipeline.files import md5
 
 VERSION = "3.67"
-YAML, LOCK, WORKING = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/rwlock")
+YAML, LOCK, WORKING, HELD = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/rwlock"), Path(".dvc/tmp/lock")
 LOCK_STARTS = b"schema: '2.0'\nstages:\n"
+
+REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")  # of stages, whose names follow, side by side
+_WENT = re.compile(
+    r"^(?:Running stage '(?P<ran>.+)':|Stage '(?P<restored>.+)' is cached - .*|Stage '(?P<kept>.+)' didn't change.*)$", re.M
+)
 
 Stage = dict[str, Any]
 """A section of dvc.yaml: matrix, cmd, params, deps, outs, metrics, plots."""
@@ -35,14 +44,33 @@ def workspace() -> Path:
 
 
 def stages() -> dict[str, Stage]:
-    """The stages of dvc.yaml, by name."""
-    found: dict[str, Stage] = params.read_yaml(YAML)["stages"]
-    return found
+    """The stages of dvc.yaml, by name, each after those whose outputs it reads."""
+    return graph.in_order(params.read_yaml(YAML)["stages"])
 
 
 def status() -> subprocess.CompletedProcess[str]:
     """What `dvc status --json` gives."""
     return subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True)
+
+
+def went(said: str) -> dict[str, str]:
+    """What `dvc repro` says of the stages that it came to so far: each ran (the last may still), was restored, or was kept."""
+    return {match[match.lastgroup or 0]: str(match.lastgroup) for match in _WENT.finditer(said)}
+
+
+def trouble(said: str, code: int) -> str:
+    """Why a `dvc repro` failed, in one line: the last of the stage, or else of DVC. `code`: its return code."""
+    errors = re.findall(r"^ERROR: (.*)", said, re.MULTILINE)
+    of_stage = re.search(r"failed to run: .*, exited with (-?\d+)$", errors[0]) if errors else None
+    if ended := _signal(code, "DVC") or (of_stage and _signal(int(of_stage[1]), "it")):
+        return ended
+    own = said[: said.index("ERROR: ")].rpartition("\n> ")[2].strip().splitlines()[1:] if of_stage else []
+    return own[-1] if own else errors[0] if errors else f"DVC ended with {code}"
+
+
+def _signal(code: int, whom: str) -> str:
+    number = -code if code < 0 else code - 128
+    return f"{whom} was ended by {signal.Signals(number).name}" if number in [*signal.Signals] else ""
 
 
 def outputs(loaded: params.Params) -> list[str]:
@@ -60,11 +88,28 @@ def outputs(loaded: params.Params) -> list[str]:
 def read_lock() -> dict[str, str]:
     """The entries of dvc.lock; none where there is no such file. Raises UserError when it is no text, or two texts at once."""
     try:
-        content = LOCK.read_bytes() if LOCK.exists() else b""
+        with _no_writer():
+            content = LOCK.read_bytes() if LOCK.exists() else b""
         refuse_conflict(content)
         return lock_entries(content.decode().replace("\r\n", "\n"))
     except (OSError, UnicodeError) as error:
         raise damaged(LOCK, error) from None
+
+
+@contextlib.contextmanager
+def _no_writer() -> Iterator[None]:
+    """While no DVC writes dvc.lock, which it does in place, with this lock held; not for long, so it is not waited for longer.
+
+    While DVC runs a stage it holds no lock, so a stage may read too.
+    """
+    lock = FileLock(HELD, timeout=5)
+    with contextlib.suppress(OSError):
+        if HELD.parent.is_dir():
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def lock_entries(text: str) -> dict[str, str]:

@@ -4,18 +4,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+AXES = {1: ("dataset",), 3: ("dataset", "schedule", "seed"), 4: ("dataset", "schedule", "T", "seed")}
+"""What the parts of a name are: of a dataset, of what all T of a schedule share, of a cell."""
+
 
 def of_item(entry: str, item: str) -> str:
     """An entry of dvc.yaml for one dataset, training or cell, by its name: DATASET[-SCHEDULE[-T]-SEED]."""
     parts = item.split("-")
-    named = {"item.dataset": parts[0], "item.schedule": parts[1] if parts[1:] else "", "item.seed": parts[-1], "key": item}
-    return re.sub(r"\$\{(item\.\w+|key)\}", lambda choice: named[choice[1]], entry)
+    for axis, part in zip(AXES[len(parts)], parts, strict=True):
+        entry = entry.replace(f"${{item.{axis}}}", part)
+    return entry.replace("${key}", item)
 
 
 def item_of(stage: dict[str, Any], cell: str) -> str:
     """The item of a stage, by its section of dvc.yaml, that leads to a cell: its dataset, its training, itself, or nothing."""
-    dataset, schedule, T, seed = cell.split("-")
-    named = {"dataset": dataset, "schedule": schedule, "T": T, "seed": seed}
+    named = dict(zip(AXES[4], cell.split("-"), strict=True))
     return "-".join(named[axis] for axis in stage.get("matrix", {}))
 
 

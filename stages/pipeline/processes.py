@@ -1,4 +1,4 @@
-"""Processes that end with those that started them. Imports little: every stage begins with it."""
+"""Processes that end with those that started them, and the CPUs that they may use. Imports little: every stage begins with it."""
 
 import contextlib
 import ctypes
@@ -7,10 +7,41 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 
 GRACE = 1.5  # seconds that a process has to end in good order
+CORES = "NAQSH_CORES"  # the environment variable by which `make repro` gives each of its processes a share of the CPUs
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """How many CPUs this process may use, at least 1: by its affinity, the quotas of its cgroups, and NAQSH_CORES."""
+    known = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1), *_quotas()]
+    with contextlib.suppress(ValueError):
+        known.append(float(os.environ.get(CORES, "")))
+    return max(1, round(min(known)))
+
+
+def _quotas() -> Iterator[float]:
+    """The CPUs that the cgroups of this process leave it, in version 1 and 2; those around a cgroup limit it too.
+
+    In a container OWN_CGROUPS may give the host's path, where CGROUPS shows only what is inside.
+    """
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mounted in [CGROUPS / controllers, CGROUPS / "cpu"] if controllers else [CGROUPS, CGROUPS / "unified"]:
+            own = mounted / path.lstrip("/")
+            for folder in (own, *own.parents[: len(own.parts) - len(mounted.parts)]):
+                with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no limit is "max", or -1
+                    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+                    quota, period = " ".join((folder / name).read_text() for name in names).split()
+                    if int(quota) > 0:
+                        yield int(quota) / int(period)
 
 
 def dvc_stage() -> tuple[str, str]:

@@ -18,23 +18,51 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stages.errors import UserError, in_one_line
-from stages.pipeline import clocks, dvc_forms, params, paths, sources
+from stages.pipeline import clocks, dvc_forms, graph, params, paths, processes, sources
 from stages.pipeline.files import whole_file
-from stages.sweep import committed, reasons, repair
+from stages.sweep import committed, reasons, repair, units
+from stages.sweep.units import Unit
 from stages.tracking import results
 from stages.tracking.provenance import Tree
 
 PROFILES = Path("profiles")
 
 
-def plan() -> None:
-    """Print the stages that are out of date or follow from one that is, why, and a time from what was last recorded."""
+def plan(jobs: int, cell: str | None = None) -> list[Unit]:
+    """Print what is out of date or follows from what is, why, and a time from what was last recorded. The units to run.
+
+    Args:
+        jobs: how many units run at a time.
+        cell: the only one that is wanted; without it all, and their comparison.
+    """
     loaded = params.load()  # a mistake in it is told here, in one line
+    every = units.units(loaded, stages := dvc_forms.stages())
+    if cell is not None:
+        every = units.leading_to(str(params.find_cell(loaded, cell)), every)
     for dataset in loaded.sweep.datasets:
         sources.refuse_outputs(dataset, loaded.data[dataset])
     repair.mend_rwlock()
     for line in sources.changed(loaded):
         print(line)
+    changed = _changed()
+    affected = with_followers(set(changed), graph.needs(stages, loaded))
+    todo = units.only(affected, every)
+    names = [name for name in affected if any(name in unit.stages for unit in todo)]
+    if not todo:
+        print(
+            "Nothing to run: every result is up to date." if cell is None else f"Nothing to run: {cell} is up to date.", flush=True
+        )
+        return []
+    counts = Counter(name.partition("@")[0] for name in names)
+    print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
+    for line in reasons.lines(changed, Tree.read(), names):
+        print(line)
+    print(_outlook(todo, jobs), flush=True)
+    return todo
+
+
+def _changed() -> dict[str, list[Any]]:
+    """What `dvc status` says, after what a kill broke is mended."""
     asked = dvc_forms.status()
     if repair.needs_mending(asked):
         asked = repair.mend_lock()
@@ -42,39 +70,50 @@ def plan() -> None:
         raise UserError(f"another `dvc repro` (process {busy[1]}) works in this folder; wait for it, or follow it in `make ui`")
     if asked.returncode:
         raise UserError(f"`dvc status` failed: {' '.join(asked.stderr.split())}")
-    changed = json.loads(asked.stdout)
-    stages = with_followers(set(changed))
-    if not stages:
-        print("Nothing to run: every result is up to date.")
-        return
-    counts = Counter(name.partition("@")[0] for name in stages)
-    print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
-    for line in reasons.lines(changed, Tree.read(), stages):
-        print(line)
-    known = [seconds for name in stages if (seconds := clocks.expected_seconds(*name.split("@"))) is not None]
-    unknown = len(stages) - len(known) - counts["compare"]
-    if known:
-        print(f"About {max(1, round(sum(known) / 60))} min, going by what was measured here", end="")
-        print(f"; no estimate for {unknown} of the stages" if unknown else "")
-    else:
-        print("No estimate: no such stage was run here yet.")
+    return dict(json.loads(asked.stdout))
 
 
-def with_followers(changed: set[str]) -> list[str]:
-    """The changed stages and all that follow from them, in the order of dvc.yaml: what will run unless an output stays the same."""
-    stages, loaded = dvc_forms.stages(), params.load()
-    values = loaded.model_dump()
-    names = {name: {paths.item_of(stage, str(cell)) for cell in loaded.sweep.cells()} for name, stage in stages.items()}
-    found: list[str] = []
-    made: list[str] = []  # outputs of the stages found so far
-    for name, stage in stages.items():
-        for item in sorted(names[name]):
-            full = f"{name}@{item}" if item else name
-            deps = paths.deps(stage, item, values)
-            if full in changed or any(_overlap(dep, out) for dep in deps for out in made):
-                found.append(full)
-                made += [paths.of_item(out, item) for out in paths.outs(stage)]
-    return found
+def _outlook(todo: list[Unit], jobs: int) -> str:
+    """When the first cell is done, and when all."""
+    known = {unit.name: seconds_of(unit) for unit in todo}
+    unknown = [unit for unit in todo if known[unit.name] is None]
+    if unknown and not any(known.values()):
+        return "No estimate: no such stage was timed yet."
+    ends = units.ends(todo, jobs, {name: seconds or 0 for name, seconds in known.items()})
+    cells = [ends[unit.name] for unit in todo if unit.is_cell()]
+    first = f"the first cell is done in {span(min(cells))}, " if len(cells) > 1 else ""
+    more = f"; no estimate for {sum(len(unit.stages) for unit in unknown)} of the stages" if unknown else ""
+    return f"Going by earlier runs, {first}all in {span(max(ends.values()))}, {jobs} at a time{more}"
+
+
+def seconds_of(unit: Unit) -> float | None:
+    """How long a unit took when last recorded; None where nothing tells of one of its stages."""
+    known = [0 if name == "compare" else clocks.expected(name, "seconds") for name in unit.stages]
+    return None if None in known else sum(seconds or 0 for seconds in known)
+
+
+def default_jobs() -> int:
+    """How many units run at a time: as many as there are cores; one where there is a GPU, which they would share."""
+    return 1 if Path("/dev/nvidiactl").exists() else processes.cores()
+
+
+def span(seconds: float) -> str:
+    """So many seconds, as a person says it."""
+    if seconds < 90:
+        return f"about {max(10, round(seconds, -1)):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def with_followers(changed: set[str], needs: dict[str, list[str]]) -> list[str]:
+    """The changed stages and all that follow from them: what will run unless an output stays the same.
+
+    `needs`: all stages, in order, each with those that it reads from.
+    """
+    found: dict[str, None] = {}
+    for name, others in needs.items():
+        if name in changed or any(other in found for other in others):
+            found[name] = None
+    return list(found)
 
 
 def table() -> None:
@@ -91,6 +130,25 @@ def table() -> None:
         for line in committed.lines(tree, finished):
             print(line)
         print(f"Pictures: metrics/report.md, metrics/figures/, {paths.samples('CELL')}/grid.png and denoising.gif")
+
+
+def score(cell: str) -> str:
+    """The headline score of a cell whose files are whole; what is wrong with them where they are not."""
+    try:
+        row = results.row(params.find_cell(params.load(), cell))
+    except UserError as mistake:
+        return str(mistake)
+    more = f" ± {row['fid_error']:.2g}" * ("fid_error" in row) + f" (floor {row['fid_floor']:.3g})" * ("fid_floor" in row)
+    return f"FID {row['fid']:.3g}{more}" if "fid" in row else "not scored: the set is too small"
+
+
+def tell(cell: str) -> None:
+    """Print the score of one cell, and where its picture is, if its results are of what is here now."""
+    tree = Tree.read()
+    if tree.is_recorded(params.find_cell(tree.params, cell)):
+        print(f"{cell}  {score(cell)}\nPicture: {paths.samples(cell) / 'grid.png'}", flush=True)
+    else:
+        print(f"Without results of the present code, parameters and data: {cell}", flush=True)
 
 
 def prune(really: bool) -> None:
@@ -143,11 +201,6 @@ def _is_held(lock: Path) -> bool:
         return True
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two paths are the same, or one lies inside the other."""
-    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
-
-
 def _name(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
@@ -167,7 +220,7 @@ def main() -> None:
         elif args.command == "profile":
             profile(args.name)
         else:
-            {"plan": plan, "table": table}[args.command]()
+            {"plan": lambda: plan(default_jobs()), "table": table}[args.command]()
 
 
 if __name__ == "__main__":

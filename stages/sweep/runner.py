@@ -1,9 +1,9 @@
-"""`make repro`: says what will run, has DVC run it, brings MLflow up to date, prints the table. One Ctrl-C ends all of it.
+"""`make repro`: starts what makes all results, and ends all of it on one Ctrl-C.
 
-    python -m stages.sweep.runner
+    python -m stages.sweep.runner [--jobs N] [--cell NAME]
 
-DVC ignores Ctrl-C while a stage runs, and with --keep-going it takes a stage that was told to stop for one that failed. So it runs
-in a session of its own, with all that it starts, and this process ends that session as a whole.
+DVC ignores Ctrl-C while a stage runs. So the engine (stages/sweep/engine.py) runs in a session of its own, with all that it starts,
+below the process that stages are forks of; and this process ends that session as a whole.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import psutil
 
 from stages.pipeline import processes
 
-COMMAND = (sys.executable, "-m", "stages.sweep.warm", sys.executable, "-m", "dvc", "repro", "--keep-going")
+COMMAND = (sys.executable, "-m", "stages.sweep.warm", sys.executable, "-m", "stages.sweep.engine")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end it: Ctrl-C, kill, a terminal that is closed
 
 
@@ -29,22 +29,8 @@ class Stopped(BaseException):
 
 
 def main() -> int:
-    """Make all that is missing; the exit code of DVC."""
-    from stages.errors import in_one_line
-    from stages.sweep import plan
-    from stages.tracking import mirror
-
-    with in_one_line("repro"):
-        plan.plan()
-        code = run(COMMAND)
-        synced = mirror.sync(asked=True)
-        plan.table()
-    if not synced:  # last, for what was said before has scrolled away
-        print(
-            f"MLflow is not up to date: {mirror.last_trouble()}. All results are in the files; `make sync` tries again.",
-            flush=True,
-        )
-    return code
+    """Make what the command line asks for; the exit code of the engine."""
+    return run((*COMMAND, *sys.argv[1:]))
 
 
 def run(command: tuple[str, ...]) -> int:
@@ -94,7 +80,7 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 
 
 def started() -> int:
-    """Run as a program: signals end it, mistakes are one line. The exit code."""
+    """Run as a program that signals end. The exit code."""
     for name in SIGNALS:
         if signal.getsignal(name) != signal.SIG_IGN:  # as under nohup
             signal.signal(name, _stop)
@@ -106,7 +92,7 @@ def started() -> int:
         return main()
     except Stopped as stopped:
         print("\nStopped. `make repro` goes on from here.", file=sys.stderr, flush=True)
-        os._exit(128 + stopped.args[0])  # a thread that waits for MLflow holds nobody up
+        return int(128 + stopped.args[0])
 
 
 if __name__ == "__main__":

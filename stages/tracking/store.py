@@ -59,11 +59,15 @@ def load() -> None:
 
 @contextlib.contextmanager
 def alone(watch: Watch) -> Iterator[None]:
-    """Hold the lock of the store, for two creators break a new database. Raises DownError when another process keeps it."""
-    path = f"{_file() or workspace() / 'mlflow.db'}.lock"
+    """Hold the lock of the store, for two creators break a new database. Raises DownError when another process keeps it.
+
+    Who finds no database waits for as long as another process may need to make it.
+    """
+    file = _file()
+    path, making = f"{file or workspace() / 'mlflow.db'}.lock", file is not None and not file.exists()
     lock = FileLock(path)
     try:
-        watch.call(lock.acquire, timeout=watch.limit())
+        watch.call(lock.acquire, timeout=patience.LOCAL if making else watch.limit(), may_take=patience.LOCAL if making else None)
     except Timeout:
         raise patience.DownError(f"another process writes to the store, and holds {path}") from None
     try:

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import dvc
 import pytest
+import zc.lockfile
 from dvc.utils.serialize import load_yaml
 
 from stages.pipeline import dvc_forms
@@ -83,6 +85,50 @@ def test_the_lock_splits_into_its_entries_and_is_put_together_again(repository: 
     for cut in range(0, len(content), 7):
         assert dvc_forms.whole_entries(content[:cut]).items() <= entries.items()
     assert set(dvc_forms.recorded(entries, "one@a")["params"]["params.yaml"]) == {"lr"}
+
+
+def test_the_lock_is_not_read_while_dvc_writes_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    whole = dvc_forms.LOCK.read_bytes()
+    held = zc.lockfile.LockFile(str(dvc_forms.HELD))  # as DVC holds it
+
+    def write() -> None:
+        dvc_forms.LOCK.write_bytes(whole)
+        held.close()
+
+    dvc_forms.LOCK.write_bytes(whole[: len(whole) // 2])
+    threading.Timer(0.3, write).start()
+    assert dvc_forms.read_lock().keys() == {"one@a", "one@b", "two"}
+
+
+def test_what_repro_says_of_its_stages_is_read(repository: Path) -> None:
+    """Run, kept, restored, failed, killed; side by side, so that none gives up on the lock of another."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
+
+    def repro(*stages: str, code: int = 0) -> str:
+        command, said = (*dvc_forms.REPRO, *stages), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        dvc = subprocess.run(command, cwd=repository, env=environment, check=False, **said)
+        assert dvc.returncode == code, dvc.stdout
+        return dvc.stdout
+
+    params = repository / "params.yaml"
+    first = params.read_text()
+    assert dvc_forms.went(repro("one@a", "one@b")) == {"one@a": "kept", "one@b": "kept"}
+    params.write_text("lr: 7\n")
+    assert dvc_forms.went(repro("one@a")) == {"one@a": "ran"}
+    params.write_text(first)
+    assert dvc_forms.went(repro("one@a")) == {"one@a": "restored"}
+    yaml = repository / "dvc.yaml"
+    whole = yaml.read_text()
+    fails = "  {}:\n    cmd: 'echo MLflow is told; echo \"x: it is too wide\"; {}'\n    deps: [a.txt]\n    outs: [{}.txt]\n"
+    yaml.write_text(whole + fails.format("bad", "exit 1", "bad") + fails.format("dies", "kill -9 $$", "dies"))
+    said = repro("bad", "one@a", code=255)
+    assert dvc_forms.went(said) == {"bad": "ran"}
+    assert dvc_forms.trouble(said, 255) == "x: it is too wide"
+    assert dvc_forms.trouble(repro("dies", code=255), 255) == "it was ended by SIGKILL"
+    assert dvc_forms.trouble(repro("none", code=255), 255) == "Stage 'none' not found inside 'dvc.yaml' file"
+    assert dvc_forms.trouble(said[:60], -15) == "DVC was ended by SIGTERM"
+    yaml.write_text(whole)
 
 
 def test_who_works_is_listed_as_it_is_read(repository: Path) -> None:

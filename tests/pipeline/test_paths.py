@@ -17,5 +17,8 @@ def test_deps_are_those_of_the_cell_and_of_what_the_parameters_choose() -> None:
     values["sample"]["other"] = "heun"
     assert paths.deps(STAGE, cell, values) == expected[:-1], "each once"
     assert paths.deps({"deps": ["data/${item.dataset}.x"]}, "mnist", {}) == ["data/mnist.x"]
+    network = "w/${item.dataset}-${item.schedule}-${item.seed}/${key}"
+    assert paths.of_item(network, cell) == f"w/mnist-linear_unscaled-0/{cell}"
+    assert paths.of_item(network, "mnist-cosine-7") == "w/mnist-cosine-7/mnist-cosine-7"
     with pytest.raises(KeyError, match="fast"):
         paths.deps(STAGE, cell, {"sample": {}})

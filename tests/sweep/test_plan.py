@@ -1,5 +1,6 @@
 """What `make repro` and `make prune` say before they do anything."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from stages.errors import UserError
-from stages.pipeline import params, paths
+from stages.pipeline import dvc_forms, graph, params, paths
 from stages.sweep import plan
 
 ROOT = Path(__file__).parents[2]
@@ -39,18 +40,53 @@ def test_leftovers_are_what_the_sweep_does_not_name_and_trainings_nobody_works_o
 
 @pytest.mark.usefixtures("bare_tree")
 def test_a_changed_stage_is_followed_by_what_reads_its_outputs() -> None:
-    cell = f"sample@{CELL}"
-    assert plan.with_followers({cell}) == [cell, f"evaluate@{CELL}", "compare"]
-    assert plan.with_followers(set()) == []
-    assert len(plan.with_followers({"prepare@mnist"})) == 3 + 2 + 6 * 2 + 1
+    needs, cell = graph.needs(dvc_forms.stages(), params.load()), f"sample@{CELL}"
+    assert plan.with_followers({cell}, needs) == [cell, f"evaluate@{CELL}", "compare"]
+    assert plan.with_followers(set(), needs) == []
+    assert len(plan.with_followers({"prepare@mnist"}, needs)) == 3 + 2 + 6 * 2 + 1
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, said: str, error: str = "") -> None:
+    """Let `dvc status` say so."""
+    done = subprocess.CompletedProcess[str]([], int(bool(error)), said, error)
+    monkeypatch.setattr(dvc_forms, "status", lambda: done)
 
 
 @pytest.mark.usefixtures("bare_tree")
 def test_a_second_repro_is_told_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "ERROR: '/x/m.json' is busy, it is being blocked by:\n  (PID 4711): dvc repro\n"
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    answer(monkeypatch, "", "ERROR: '/x/m.json' is busy, it is being blocked by:\n  (PID 4711): dvc repro\n")
     with pytest.raises(UserError, match=r"another `dvc repro` \(process 4711\) works in this folder"):
-        plan.plan()
+        plan.plan(1)
+
+
+@pytest.mark.usefixtures("bare_tree")
+def test_the_plan_tells_when_the_first_cell_is_done_and_when_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(monkeypatch, json.dumps({f"train@mnist-{schedule}-0": [] for schedule in ("linear", "cosine")}))
+    assert [unit.name for unit in plan.plan(2)] == [
+        "train@mnist-linear-0", "mnist-linear-25-0", "mnist-linear-100-0", "mnist-linear-1000-0",
+        "train@mnist-cosine-0", "mnist-cosine-25-0", CELL, "mnist-cosine-1000-0", "compare",
+    ]  # fmt: skip
+    assert capsys.readouterr().out.endswith("No estimate: no such stage was timed yet.\n")
+    for stage, seconds in (("train", 240), ("sample", 60), ("evaluate", 60)):
+        touch(path := Path(f".state/clocks/{stage}/{CELL}.0.json"))
+        path.write_text(json.dumps({"seconds": seconds}))
+    for jobs, ends in ((2, "all in about 10 min, 2 at a time"), (1, "all in about 20 min, 1 at a time")):
+        plan.plan(jobs)
+        assert capsys.readouterr().out.endswith(f"the first cell is done in about 6 min, {ends}\n")
+    assert [unit.name for unit in plan.plan(1, CELL)] == ["train@mnist-cosine-0", CELL]
+    assert capsys.readouterr().out.startswith("To run: train, sample, evaluate\n")
+    assert plan.plan(1, "persian_glyphs-cosine-1000-0") == []
+    assert capsys.readouterr().out == "Nothing to run: persian_glyphs-cosine-1000-0 is up to date.\n"
+    with pytest.raises(UserError, match="the sweep has no cell 'mnist-x-1-0'; it has: mnist-linear-25-0, mnist-linear-100-0"):
+        plan.plan(1, "mnist-x-1-0")
+
+
+def test_a_time_is_told_as_a_person_does() -> None:
+    assert [plan.span(seconds) for seconds in (0, 44, 89, 91, 5300, 6000)] == [
+        "about 10 s", "about 40 s", "about 90 s", "about 2 min", "about 88 min", "about 1.7 h",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["../params", "/etc/passwd", "../../etc/passwd", "", ".", "gpu.yaml", "*", "no\0"])

@@ -52,8 +52,8 @@ def test_whole_files_are_read() -> None:
     assert clocked() == ({"train_seconds": 7}, TIMING["by_step"])
     assert results.loss_curve(CELL)[0] == {"step": 1, "images": 64, "lr": 0.1, "train_loss": 0.9}
     for training in ("mnist-cosine-0", "mnist-linear-0", "persian_glyphs-cosine-0"):  # another's is better than nothing
-        assert clocks.expected_seconds("train", training) == 7
-    assert clocks.expected_seconds("sample", str(CELL)) is None
+        assert clocks.expected(f"train@{training}", "seconds") == 7
+    assert clocks.expected(f"sample@{CELL}", "seconds") is None
 
 
 def test_a_clock_is_that_of_what_the_stage_was_run_with() -> None:
@@ -86,7 +86,7 @@ def test_a_damaged_timing_counts_as_not_recorded_and_is_told_once(text: str, cap
     row = results.row(CELL)
     assert row["fid"] == 2
     assert clocked() == ({}, [])
-    assert clocks.expected_seconds("train", "mnist-cosine-0") is None
+    assert clocks.expected("train@mnist-cosine-0", "seconds") is None
     assert "-" in results.table([row])
     told = capsys.readouterr().err
     assert told.count("\n") == 1

@@ -9,15 +9,17 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from cells import CELL, edit, followed, make_files, make_previews, publish, record, runs
+from filelock import FileLock
 from mlflow import MlflowClient
 
 from stages.errors import UserError
-from stages.tracking import mirror, mlflow_forms, store
+from stages.tracking import mirror, mlflow_forms, patience, store
 
 MAKE = "from stages.tracking import mirror\nprint('started', flush=True)\nmirror.sync()"
 
@@ -34,6 +36,33 @@ def query(path: Path, text: str) -> list[tuple[object, ...]]:
 def digests(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): hashlib.md5(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.slow
+def test_two_who_find_no_database_make_one(tree: Path) -> None:
+    (tree / "mlflow.db").unlink()
+    two = [subprocess.Popen([sys.executable, "-c", MAKE], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[1] for process in two] == ["", ""]
+    assert len(client(tree).search_experiments(filter_string="name = 'naqsh'")) == 1
+    assert not list(tree.glob("mlflow.db.[pb]*"))
+
+
+def test_who_finds_no_database_waits_for_who_makes_it(tree: Path) -> None:
+    def use() -> None:
+        lock.acquire()
+        timer = threading.Timer(0.5, lock.release)
+        timer.start()
+        try:
+            with store.alone(patience.Watch(store.uri(), call=0.1)):
+                pass
+        finally:
+            timer.join()
+
+    lock = FileLock(tree / "mlflow.db.lock", thread_local=False)
+    with pytest.raises(patience.DownError, match="another process writes to the store"):  # and may do so for long
+        use()
+    (tree / "mlflow.db").unlink()
+    use()
 
 
 @pytest.mark.parametrize("tables", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 60))])
