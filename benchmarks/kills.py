@@ -39,7 +39,7 @@ CELL = "persian_glyphs-cosine-8-0"
 PROFILE = """\
 sweep: {datasets: [persian_glyphs], schedules: [cosine], timesteps: [8], seeds: [0]}
 data:
-  persian_glyphs: {size: 16, train_images: 192, validation_images: 64, test_images: 64}
+  persian_glyphs: {size: 16, train_images: 192, validation_images: 256, test_images: 64}
 extractor: {images: 1024, batch: 32}
 network: {channel_mult: [1, 2]}
 train: {images: 2400, longer: {persian_glyphs: 1}, batch: 16, warmup_images: 32, validation_images: 32, curve_points: 8}

@@ -73,6 +73,14 @@ def test_cards_come_in_order_and_those_of_other_datasets_stay() -> None:
     assert cards.PAGE.read_text(encoding="utf-8") == before
 
 
+def test_what_an_earlier_version_prepared_keeps_its_card(capsys: pytest.CaptureFixture[str]) -> None:
+    prepare("zoo", images={"train": 1030, "test": 7})
+    before = cards.PAGE.read_text(encoding="utf-8")
+    cards.main()
+    assert cards.PAGE.read_text(encoding="utf-8") == before
+    assert "zoo: prepared by an earlier version" in capsys.readouterr().out
+
+
 def test_a_long_table_is_folded_and_a_published_split_named() -> None:
     counts = list(range(100, 140))
     prepare("mine", class_names=list(map(str, counts)), images_per_class=dict.fromkeys(ABOUT["images"], counts), split="published")
