@@ -82,6 +82,11 @@ def test_a_mix_is_as_wide_as_its_parts(tmp_path: Path) -> None:
         ("sweep.seeds", [0, 0], ["sweep", "seeds = [0, 0]", "once"]),
         ("sweep.schedules", ["quadratic"], ["sweep.schedules.0 = 'quadratic'", "cosine, linear, linear_unscaled"]),
         ("sweep.timesteps", [10, 1000], ["sweep", "T = 10", "T > 20", "cosine"]),
+        (
+            "sweep",
+            VALID["sweep"] | {"schedules": ["linear_unscaled"], "timesteps": [200, 20_000]},
+            ["sweep", "'linear_unscaled' ends at alpha_bar = 1e-88 at T = 20000", "smaller T"],
+        ),
         ("sweep.datasets", ["emnist"], ["sweep.datasets", "'emnist'", "mnist, persian_archive"]),
         ("sweep.datasets", ["MNIST-2"], ["sweep.datasets.0 = 'MNIST-2'", "a-z0-9_"]),
         ("sample.fast.steps", 201, ["sample.fast.steps = 201", "at most", "25"]),

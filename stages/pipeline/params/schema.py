@@ -23,6 +23,7 @@ from stages.errors import UserError
 from stages.pipeline.params.wording import short
 
 MOST_CELLS, MOST_NAMES = 10_000, 50
+LEAST_SIGNAL = 1e-53  # alpha_bar; a chain that starts far below has no Brownian path (diffusion/brownian.py)
 
 DatasetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -102,9 +103,13 @@ class Sweep(Section):
         return self
 
     @model_validator(mode="after")
-    def _every_beta_inside_0_1(self) -> "Sweep":
+    def _every_schedule_has_a_start_and_betas_inside_0_1(self) -> "Sweep":
         for name, T in itertools.product(self.schedules, {min(self.timesteps), max(self.timesteps)}):
-            schedules.find(name)(T)
+            if (left := schedules.find(name)(T)[-1]) < LEAST_SIGNAL:
+                raise ValueError(
+                    f"schedule {name!r} ends at alpha_bar = {left:.0e} at T = {T}, and must at {LEAST_SIGNAL:g} or more; "
+                    "use a smaller T, or 'linear', which is rescaled with T"
+                )
         return self
 
     def cells(self) -> Iterator["Cell"]:
