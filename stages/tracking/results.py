@@ -30,7 +30,7 @@ _COLUMNS = (
 )
 _LEGEND = """\
 FID of the fast set and its error (about twice too wide; it says nothing of another training). floor:
-FID of as many real training images. acc: share of samples recognised as the requested class; sure: share
+FID of as many validation images. acc: share of samples recognised as the requested class; sure: share
 that the classifier gives any class with at least 0.9 probability. bits/dim: variational bound.
 train: seconds; fast, all T: seconds per image with few steps and with all T; -: not measured here."""
 
