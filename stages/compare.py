@@ -138,9 +138,10 @@ def _cell_text(value: Any) -> str:
 _EXPLANATION = """\
 FID is the Fréchet distance between N generated images and the whole test split, in the features of a classifier trained on the
 same dataset: lower is better, and it falls with N, so only scores of the same N and the same dataset compare. The floor is the
-same distance for N validation images: real ones that no network was trained on. ± is a bootstrap over the samples. It does not know that labels are drawn at fixed frequencies, so it is about twice too
-wide at an FID near 1, and 2.8 times at the floor (measured on MNIST). It says nothing of another training: two trainings that
-differ in their seed alone differ by up to about 36 % of FID (95 % of pairs; estimated from three triples of MNIST).
+same distance for N validation images: real ones that no network was trained on. ± is a bootstrap over the samples. It does not
+know that labels are drawn at fixed frequencies, so it is about twice too wide at an FID near 1, and 2.8 times at the floor
+(measured on MNIST). It says nothing of another training: two trainings that differ in their seed alone differ by up to about 36 %
+of FID (95 % of pairs; estimated from three triples of MNIST).
 
 `accuracy` is the share of samples that the classifier gives the label they were drawn for, `sure` the share to which it gives
 any label with at least 0.9 confidence. `precision` is the share of samples among the real images, `recall` the share of real
