@@ -10,7 +10,7 @@ from tqdm import tqdm
 from stages.sweep import plan, units
 from stages.sweep.units import Unit
 
-BAR = "{n_fmt} of {total_fmt} stages |{bar:20}| {postfix}"
+BAR = "{n_fmt} of {total_fmt} stages |{bar:20}| {desc}"
 
 
 class Display:
@@ -35,12 +35,12 @@ class Display:
 
     def started(self, unit: Unit) -> None:
         """It runs."""
-        self._began[unit.name], self._now[unit.name] = time.monotonic(), ""
+        self._began[unit.name], self._now[unit.name] = time.monotonic(), "starts"
 
     def looked(self, unit: Unit, went: dict[str, str], notes: Iterable[str]) -> None:
         """It came so far: `went` has the stages that DVC came to."""
         self._went |= went
-        self._now[unit.name] = [*went, ""][len(went) - 1].partition("@")[0]
+        self._now[unit.name] = [*went, "starts"][len(went) - 1].partition("@")[0]
         for note in notes:
             self.say_once(note, note)
         self._show()
@@ -112,7 +112,7 @@ class Display:
         if not self._bar.disable:
             self._bar.n = self._ended_stages
             parts = [self._time_left()] * bool(self._end) + [f"{name}: {stage}" for name, stage in self._now.items()]
-            self._bar.set_postfix_str("  ".join(parts))
+            self._bar.set_description_str("  ".join(parts))
 
     def _say(self, line: str) -> None:
         with self._bar.external_write_mode():
