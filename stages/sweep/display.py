@@ -1,9 +1,9 @@
 """What `make repro` shows while it works: a line for each cell that ends, and on a terminal a bar of the whole."""
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
+from time import monotonic
 
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ class Display:
 
     def started(self, unit: Unit) -> None:
         """It runs."""
-        self._began[unit.name], self._now[unit.name] = time.monotonic(), "starts"
+        self._began[unit.name], self._now[unit.name] = monotonic(), "starts"
 
     def looked(self, unit: Unit, went: dict[str, str], notes: Iterable[str]) -> None:
         """It came so far: `went` has the stages that DVC came to."""
@@ -49,7 +49,7 @@ class Display:
         """It is over."""
         self._went |= went
         if well and "ran" in went.values():
-            self._took.append((unit, time.monotonic() - self._began[unit.name]))
+            self._took.append((unit, monotonic() - self._began[unit.name]))
         self._forget([unit])
         if well and unit.is_cell():
             self._scored += 1
@@ -75,17 +75,17 @@ class Display:
         took = {unit.name: self._seconds(unit) for unit in self._left}
         if any(seconds is None for seconds in took.values()):
             return None
-        now = time.monotonic()
+        now = monotonic()
         rest = {name: max((took[name] or 0) - (now - self._began.get(name, now)), 1.0) for name in took}
         running = sorted(self._left, key=lambda unit: unit.name not in self._began)
         return max(units.ends(running, self._jobs, rest).values(), default=0.0)
 
     def _expected_end(self) -> float | None:
         left = self.seconds_left()
-        return None if left is None else time.monotonic() + left
+        return None if left is None else monotonic() + left
 
     def _time_left(self) -> str:
-        return f"{plan.span(max((self._end or 0) - time.monotonic(), 0))} left"
+        return f"{plan.span(max((self._end or 0) - monotonic(), 0))} left"
 
     def _seconds(self, unit: Unit) -> float | None:
         alike = [(self._expected[other.name], took) for other, took in self._took if _kinds(other) == _kinds(unit)]
