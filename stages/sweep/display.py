@@ -1,16 +1,16 @@
 """What `make repro` shows while it works: a line for each cell that ends, and on a terminal a bar of the whole."""
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
+from time import monotonic
 
 from tqdm import tqdm
 
 from stages.sweep import plan, units
 from stages.sweep.units import Unit
 
-BAR = "{n_fmt} of {total_fmt} stages |{bar:20}| {postfix}"
+BAR = "{n_fmt} of {total_fmt} stages |{bar:20}| {desc}"
 
 
 class Display:
@@ -24,6 +24,7 @@ class Display:
         self._went: dict[str, str] = {}  # of every stage that DVC came to: ran, restored or kept
         self._ended_stages, self._now = 0, dict[str, str]()  # of each unit that runs its stage
         self._told: set[str] = set()
+        self._end = self._expected_end()  # on the clock of this process; not looked for anew at each look
         self._bar = tqdm(total=sum(len(unit.stages) for unit in todo), bar_format=BAR, disable=None, leave=False)
 
     def __enter__(self) -> "Display":
@@ -34,26 +35,25 @@ class Display:
 
     def started(self, unit: Unit) -> None:
         """It runs."""
-        self._began[unit.name], self._now[unit.name] = time.monotonic(), ""
+        self._began[unit.name], self._now[unit.name] = monotonic(), "starts"
 
     def looked(self, unit: Unit, went: dict[str, str], notes: Iterable[str]) -> None:
         """It came so far: `went` has the stages that DVC came to."""
         self._went |= went
-        self._now[unit.name] = [*went, ""][len(went) - 1].partition("@")[0]
+        self._now[unit.name] = [*went, "starts"][len(went) - 1].partition("@")[0]
         for note in notes:
-            self.say_once(note)
+            self.say_once(note, note)
         self._show()
 
     def ended(self, unit: Unit, went: dict[str, str], *, well: bool) -> None:
         """It is over."""
         self._went |= went
-        self._forget([unit])
         if well and "ran" in went.values():
-            self._took.append((unit, time.monotonic() - self._began[unit.name]))
+            self._took.append((unit, monotonic() - self._began[unit.name]))
+        self._forget([unit])
         if well and unit.is_cell():
             self._scored += 1
-            left = self.seconds_left()
-            more = "" if left is None or not self._left else f"  {plan.span(left)} left"
+            more = f"  {self._time_left()}" if self._left and self._end else ""
             self._say(f"cell {self._scored} of {self._cells}: {unit.name}  {plan.score(unit.name)}  {self._how(unit)}{more}")
         self._show()
 
@@ -64,10 +64,10 @@ class Display:
         if skipped:
             self._say(f"  left out, for they need it: {', '.join(each.name for each in skipped)}")
 
-    def say_once(self, line: str) -> None:
-        """Print a line that was not printed yet."""
-        if line not in self._told:
-            self._told.add(line)
+    def say_once(self, about: str, line: str) -> None:
+        """Print a line, if none was printed yet about the same."""
+        if about not in self._told:
+            self._told.add(about)
             self._say(line)
 
     def seconds_left(self) -> float | None:
@@ -75,10 +75,17 @@ class Display:
         took = {unit.name: self._seconds(unit) for unit in self._left}
         if any(seconds is None for seconds in took.values()):
             return None
-        now = time.monotonic()
+        now = monotonic()
         rest = {name: max((took[name] or 0) - (now - self._began.get(name, now)), 1.0) for name in took}
         running = sorted(self._left, key=lambda unit: unit.name not in self._began)
         return max(units.ends(running, self._jobs, rest).values(), default=0.0)
+
+    def _expected_end(self) -> float | None:
+        left = self.seconds_left()
+        return None if left is None else monotonic() + left
+
+    def _time_left(self) -> str:
+        return f"{plan.span(max((self._end or 0) - monotonic(), 0))} left"
 
     def _seconds(self, unit: Unit) -> float | None:
         alike = [(self._expected[other.name], took) for other, took in self._took if _kinds(other) == _kinds(unit)]
@@ -99,14 +106,13 @@ class Display:
         self._ended_stages += sum(len(unit.stages) for unit in gone)
         for unit in gone:
             self._now.pop(unit.name, None)
+        self._end = self._expected_end()
 
     def _show(self) -> None:
         if not self._bar.disable:
             self._bar.n = self._ended_stages
-            left = self.seconds_left()
-            parts = [f"{plan.span(left)} left"] if left is not None else []
-            parts += [f"{name}: {stage}" for name, stage in self._now.items()]
-            self._bar.set_postfix_str("  ".join(parts), refresh=True)
+            parts = [self._time_left()] * bool(self._end) + [f"{name}: {stage}" for name, stage in self._now.items()]
+            self._bar.set_description_str("  ".join(parts))
 
     def _say(self, line: str) -> None:
         with self._bar.external_write_mode():

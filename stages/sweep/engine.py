@@ -57,16 +57,18 @@ class Job:
 
 def run(todo: list[Unit], jobs: int, display: Display) -> list[str]:
     """Run units, `jobs` at a time; the names of those that failed or could not begin."""
-    waiting, running, failed, mib = list(todo), list[Job](), list[str](), {unit.name: _mib(unit) for unit in todo}
+    waiting, running, failed, mib = list(todo), list[Job](), list[str](), dict[str, float]()
     free = _free_mib()
     while waiting or running:
         undone = {unit.name for unit in waiting} | {job.unit.name for job in running}
         starting = units.ready(waiting, undone)[: jobs - len(running)]
         cores = max(1, processes.cores() // max(1, len(running) + len(starting)))
         for unit in starting:
+            mib[unit.name] = mib.get(unit.name) or _mib(unit)
             left = min(_free_mib(), free - sum(mib[job.unit.name] for job in running))  # some have not taken theirs yet
             if running and left < mib[unit.name]:
-                display.say_once(f"{unit.name} waits for memory: it may take {mib[unit.name]:.0f} MiB, {max(left, 0):.0f} are free")
+                why = f"it may take {mib[unit.name]:.0f} MiB, {max(left, 0):.0f} are free"
+                display.say_once(f"memory for {unit.name}", f"{unit.name} waits for memory: {why}")
                 break
             waiting.remove(unit)
             running.append(Job(unit, cores))
