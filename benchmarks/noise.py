@@ -1,4 +1,4 @@
-"""What the noise of a chain costs: the CPU time of a chunk of samples beside that of another checkout, and the share of noise in it.
+"""What the noise of a chain costs: the CPU time of a chunk of samples beside that of another checkout, and the share of it.
 
 The network of params.yaml, untrained, on 28x28 images, on one thread: the fast set, and all T steps at T = 200 and 1000, under the
 cosine schedule. A process for each of the two checkouts; they draw in turns, a chunk each, so that what else the machine does
@@ -22,7 +22,7 @@ SETS = {"fast": (1000, 40), "T = 200": (200, 6), "T = 1000": (1000, 1)}  # T, an
 
 
 def draw(root: str) -> None:
-    """For each name of a set on stdin, a chunk of it with the code of a checkout: on stdout its CPU seconds and those of its noise."""
+    """Chunks with the code of a checkout, of the set that each line of stdin names: CPU seconds and those of noise to stdout."""
     sys.path.insert(0, root)
     import torch
 
