@@ -22,7 +22,7 @@ from stages.errors import UserError, in_one_line, sound
 from stages.pipeline import params, paths, stage
 from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.files import read_json, whole_file, whole_files, whole_folder, write_archive, write_json
-from stages.sweep import plan, runner
+from stages.sweep import engine, plan
 from stages.tracking import __main__ as command
 
 ROOT = Path(__file__).parents[2]
@@ -206,14 +206,19 @@ def test_a_listener_hears_of_start_points_and_end(
     assert paths.timing("train", "mnist").exists() == (error is None)
 
 
+def make() -> object:
+    """What `make repro` starts."""
+    return engine.main([])
+
+
 @pytest.mark.parametrize(
     ("start", "arguments", "fails"),
     [
         (plan.main, ["plan"], (params, "load")),
         (plan.main, ["prune", "--yes"], (plan, "leftovers")),
         (plan.main, ["profile", "gpu"], (plan, "whole_file")),
-        (runner.main, [], (plan, "plan")),
-        (runner.main, [], (runner, "run")),
+        (make, [], (plan, "plan")),
+        (make, [], (engine, "run")),
         (command.main, [], (params, "load")),
     ],
 )
@@ -225,8 +230,8 @@ def test_every_command_ends_with_one_line_in_a_folder_that_is_read_only(
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["x", *arguments])
-    if start is runner.main:
-        monkeypatch.setattr(plan, "plan", lambda: None)
+    if start is make:
+        monkeypatch.setattr(plan, "plan", lambda *_: [])
     monkeypatch.setattr(*fails, refuse)
     with pytest.raises(SystemExit, match=r"^[\w]+: params\.yaml: Read-only file system\. When that is mended, [^\n]*$"):
         start()

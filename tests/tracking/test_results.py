@@ -42,7 +42,7 @@ def test_whole_files_are_read() -> None:
     assert results.row(CELL)["train_seconds"] == 7
     assert results.loss_curve(CELL)[0] == {"step": 1, "images": 64, "lr": 0.1, "train_loss": 0.9}
     assert results.clocked_by_step(CELL) == TIMING["by_step"]
-    assert plan.expected_seconds(f"train@{CELL}") == 7
+    assert plan.expected(f"train@{CELL}", "seconds") == 7
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_damaged_timing_counts_as_not_recorded_and_is_told_once(text: str, cap
     assert row["fid"] == 2
     assert "train_seconds" not in row
     assert results.clocked_by_step(CELL) == []
-    assert plan.expected_seconds(f"train@{CELL}") is None
+    assert plan.expected(f"train@{CELL}", "seconds") is None
     assert "-" in results.table([row])
     told = capsys.readouterr().err
     assert told.count("\n") == 1
