@@ -213,6 +213,11 @@ def make() -> object:
     return engine.main([])
 
 
+def make() -> object:
+    """What `make repro` starts."""
+    return engine.main([])
+
+
 @pytest.mark.parametrize(
     ("start", "arguments", "fails"),
     [
