@@ -213,11 +213,6 @@ def make() -> object:
     return engine.main([])
 
 
-def make() -> object:
-    """What `make repro` starts."""
-    return engine.main([])
-
-
 @pytest.mark.parametrize(
     ("start", "arguments", "fails"),
     [
