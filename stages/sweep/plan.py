@@ -30,10 +30,6 @@ PROFILES = Path("profiles")
 # Where stages alone write, in this version or an earlier one: a person's own files lie elsewhere.
 SCORED = ("evaluate", "extractor", "figures", "reference", "timing", "train")
 WRITTEN = [Path("models"), Path("samples"), *(Path("metrics", name) for name in SCORED)]
-    Path("models"),
-    Path("samples"),
-    *(Path("metrics", name) for name in ("evaluate", "extractor", "figures", "reference", "timing", "train")),
-]
 
 
 def plan(jobs: int, cell: str | None = None) -> list[Unit]:
