@@ -1,7 +1,7 @@
 """Images a second of training on one thread and on two: alone, side by side, and beside a busy process, in turns in one run.
 
-The busy process keeps core 0; the training may use any. "Worst" is the slowest of ten runs, over the fair share of a training: all of
-it alone, half of two cores beside one busy process. One JSON line.
+The busy process keeps core 0; the training may use any. The worst share is the slowest run of one thread beside it, over the same
+alone. One JSON line.
 Run: python benchmarks/threads.py [RUNS]
 """
 
