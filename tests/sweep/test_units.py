@@ -20,10 +20,12 @@ def every() -> dict[str, Unit]:
 
 def one_network_for_all_t(text: str) -> str:
     """dvc.yaml with a training for each dataset, schedule and seed."""
-    train, sample = text.index("  train:\n"), text.index("  sample:\n")
-    section = text[train:sample].replace("      T: ${sweep.timesteps}\n", "").replace("models/cells", "models/networks")
+    head, *sections = text.split("\n\n")
     name = "${item.dataset}-${item.schedule}-${item.seed}"
-    return text[:train] + section + text[sample:].replace("models/cells/${key}", f"models/networks/{name}")
+    for i, section in enumerate(sections):
+        if section.startswith("  train:"):
+            sections[i] = section.replace("      T: ${sweep.timesteps}\n", "").replace("models/cells", "models/networks")
+    return "\n\n".join([head, *sections]).replace("models/cells/${key}", f"models/networks/{name}")
 
 
 def test_a_dataset_a_training_a_cell_and_the_comparison_are_units() -> None:
