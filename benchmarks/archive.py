@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stages.datasets import glyphs  # noqa: E402
-from stages.pipeline import params  # noqa: E402
+from stages.pipeline import clocks, params  # noqa: E402
 
 DRAWN, BATCH = 4200, 1000
 SIZE = 64
@@ -49,10 +49,7 @@ def main(images: int) -> None:
             sys.exit("dvc repro failed")
         seconds = time.perf_counter() - start
         about = json.loads(Path("data/prepared/persian_archive/dataset.json").read_text())
-        stages = {
-            name: json.loads(Path(f"metrics/timing/{name}/persian_archive.json").read_text())["seconds"]
-            for name in ("fetch", "prepare")
-        }
+        stages = {name: clocks.expected(f"{name}@persian_archive", "seconds") for name in ("fetch", "prepare")}
         result = {"images": images, "bytes": archive.stat().st_size, "seconds": round(seconds, 1), "peak_mib": peak[0] >> 20}
         print(json.dumps(result | stages | {"read": sum(about["images"].values()), "cores": len(os.sched_getaffinity(0))}))
 

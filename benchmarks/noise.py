@@ -1,8 +1,9 @@
-"""What the noise of a chain costs: CPU seconds of a chunk of samples, and how many of them are spent on noise.
+"""What the noise of a chain costs: the CPU time of a chunk of samples beside that of another checkout, and the share of it.
 
-The network of params.yaml, untrained, on 28x28 images, on one thread: chunks of the fast set, and one of all T steps at T = 200
-and 1000, under the cosine schedule. This checkout and another, an older one, are measured in turns; the medians, and the ratio of
-this one's CPU time to the other's: as measured, and as it is if all but the noise takes the same time. One JSON line.
+The network of params.yaml, untrained, on 28x28 images, on one thread: the fast set, and all T steps at T = 200 and 1000, under the
+cosine schedule. A process for each of the two checkouts; they draw in turns, a chunk each, so that what else the machine does
+meets both. The median of the ratios, this checkout's to the other's; and the ratio that there is if all but the noise takes the
+same time. One JSON line.
 Run: python benchmarks/noise.py CHECKOUT
 """
 
@@ -16,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE, ROUNDS, CLASSES = Path(__file__).resolve().parents[1], 3, 10
-SETS = {"fast": (1000, 20), "T = 200": (200, 1), "T = 1000": (1000, 1)}  # T, and how many chunks
+HERE, CLASSES = Path(__file__).resolve().parents[1], 10
+SETS = {"fast": (1000, 40), "T = 200": (200, 6), "T = 1000": (1000, 1)}  # T, and how many turns
 
 
-def measure(root: str) -> dict[str, list[float]]:
-    """CPU seconds of the chunks of each set, and of their noise, with the code of a checkout."""
+def draw(root: str) -> None:
+    """Chunks with the code of a checkout, of the set that each line of stdin names: CPU seconds and those of noise to stdout."""
     sys.path.insert(0, root)
     import torch
 
@@ -48,44 +49,50 @@ def measure(root: str) -> dict[str, list[float]]:
     loaded = params.load(Path(root, "params.yaml"))
     net = UNet(size=28, num_classes=CLASSES, **loaded.network.model_dump())
     about = {"size": 28, "num_classes": CLASSES, "network": loaded.network.model_dump()}
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "net.safetensors")
         save_tensors(weights, net.state_dict(), **about, diffusion=loaded.diffusion.model_dump())
-        for name, (T, chunks) in SETS.items():
+        for line in sys.stdin:
+            name = line.strip()
+            T, _ = SETS[name]
             chain = chain_of(params.Cell("any", "cosine", T, 0), loaded.sample, weights, [1] * CLASSES)
             fast, ancestral = ways(loaded.sample, T)
-            chain.draw(1, fast)
             spent, started = 0.0, time.process_time()
-            chain.draw(chunks * chain.chunk, fast if name == "fast" else ancestral)
-            found[name] = [time.process_time() - started, spent]
-    return found
+            chain.draw(1, fast if name == "fast" else ancestral)
+            print(json.dumps([time.process_time() - started, spent]), flush=True)
 
 
 def main(other: str) -> None:
-    runs: dict[str, list[dict[str, list[float]]]] = {str(HERE): [], other: []}
-    for _ in range(ROUNDS):
-        for root in runs:
-            done = subprocess.run([sys.executable, __file__, "--measure", root], cwd=root, check=True, capture_output=True)
-            runs[root].append(json.loads(done.stdout))
+    command = [sys.executable, __file__, "--draw"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    ours, theirs = (subprocess.Popen([*command, root], cwd=root, **pipes) for root in (str(HERE), other))
+
+    def chunk(process: Any, name: str) -> list[float]:
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+        return list(json.loads(process.stdout.readline()))
+
     result = {}
-    for name in SETS:
-        seconds, share = (
-            {root: statistics.median(of(*run[name]) for run in found) for root, found in runs.items()}
-            for of in (lambda all_, _: all_, lambda all_, noise: noise / all_)
-        )
+    for process in (ours, theirs):
+        chunk(process, "fast")
+    for name, (_, turns) in SETS.items():
+        pairs = [(chunk(ours, name), chunk(theirs, name)) for _ in range(turns)]
+        share, share_there = (statistics.median(pair[i][1] / pair[i][0] for pair in pairs) for i in (0, 1))
         result[name] = {
-            "cpu_seconds": round(seconds[str(HERE)], 2),
-            "share_of_noise": round(share[str(HERE)], 4),
-            "share_of_noise_other": round(share[other], 4),
-            "ratio": round(seconds[str(HERE)] / seconds[other], 3),
-            "ratio_by_noise": round((1 - share[other]) / (1 - share[str(HERE)]), 3),
+            "cpu_seconds_of_a_chunk": round(statistics.median(here[0] for here, _ in pairs), 3),
+            "ratio": round(statistics.median(here[0] / there[0] for here, there in pairs), 3),
+            "share_of_noise": round(share, 4),
+            "share_of_noise_there": round(share_there, 4),
+            "ratio_by_noise": round((1 - share_there) / (1 - share), 3),
         }
+    for process in (ours, theirs):
+        process.stdin.close()
+        process.wait()
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--measure":
-        print(json.dumps(measure(sys.argv[2])))
+    if sys.argv[1] == "--draw":
+        draw(sys.argv[2])
     else:
         main(str(Path(sys.argv[1]).resolve()))

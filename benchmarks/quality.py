@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import speed  # noqa: E402
 from stages.datasets.images import to_float, to_uint8  # noqa: E402
 from stages.evaluate import Judge, score_set  # noqa: E402
-from stages.pipeline import params, paths  # noqa: E402
+from stages.pipeline import clocks, params, paths  # noqa: E402
 from stages.pipeline.files import read_json  # noqa: E402
 
 DATASET = "mnist"
@@ -52,7 +52,9 @@ def main(seconds: float, samples: int, seeds: list[int]) -> None:
         repro = [sys.executable, "-m", "dvc", "repro", "-q", *(f"evaluate@{cell}" for cell in cells)]
         subprocess.run(repro, check=True, stdout=sys.stderr)
         ours = [row(read_json(paths.scores("evaluate", cell))["fast"]) for cell in cells]
-        timing: dict[str, list] = {name: [read_json(paths.timing(name, cell)) for cell in cells] for name in ("train", "sample")}
+        trainings = [f"{DATASET}-cosine-{seed}" for seed in seeds]
+        timing: dict[str, list] = {"train": [clocks.read("train", name, clocks.now("train", name)) for name in trainings]}
+        timing["sample"] = [clocks.read("sample", cell, clocks.now("sample", cell)) for cell in cells]
         trained = statistics.median(of["seconds"] for of in timing["train"])  # with all that a cell does beside its steps
         result = {
             "training_seconds": trained,

@@ -43,7 +43,7 @@ def naqsh(size: int) -> tuple[Callable[[], int], Callable[[], int], int]:
     batch = loaded.train.batch
     images, labels = torch.randint(256, (batch, 1, size, size), dtype=torch.uint8), torch.arange(batch) % CLASSES
     split = stage.Split(images, labels, (images, labels), [str(label) for label in range(CLASSES)])
-    state = stage.begin(0, ("cosine", T), split, loaded.diffusion, loaded.network, loaded.train)
+    state = stage.begin(params.Training("any", "cosine", 0), split, loaded.diffusion, loaded.network, loaded.train)
     steps = itertools.cycle(range(1, state.timetable.end + 1))
 
     def step() -> int:
@@ -53,6 +53,7 @@ def naqsh(size: int) -> tuple[Callable[[], int], Callable[[], int], int]:
         return batch
 
     about = {"size": size, "num_classes": CLASSES, "images": 0, "network": loaded.network.model_dump()}
+    about |= {"logsnr": [-20.0, 20.0], "machines": []}
     with tempfile.TemporaryDirectory() as folder:
         save_tensors(Path(folder, "net.safetensors"), state.net.state_dict(), **about, diffusion=loaded.diffusion.model_dump())
         chain = chain_of(params.Cell("any", "cosine", T, 0), loaded.sample, Path(folder, "net.safetensors"), [1] * CLASSES)

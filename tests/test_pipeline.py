@@ -320,7 +320,7 @@ def test_a_failed_cell_shows_no_score_of_before(tree: Path) -> None:
     assert before.count(CELL) == 1
     with edited(tree, ("params.yaml", "lr: 1.8e-2", "lr: 1.0e+6")):
         failed = call(tree, sys.executable, "-m", "stages.sweep.runner", code=1)
-    assert f"train@{CELL} failed: train: the loss became" in failed.stdout
+    assert f"train@{NETWORK} failed: train: the loss became" in failed.stdout
     assert f"  left out, for they need it: {CELL}, compare\n" in failed.stdout
     assert f"Without results of the present code, parameters and data: {CELL}" in failed.stdout
     assert "FID" not in failed.stdout

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from stages.tracking import results
 from stages.tracking.provenance import Tree
 
 PROFILES = Path("profiles")
+# Where stages alone write, in this version or an earlier one: a person's own files lie elsewhere.
+SCORED = ("evaluate", "extractor", "figures", "reference", "timing", "train")
+WRITTEN = [Path("models"), Path("samples"), *(Path("metrics", name) for name in SCORED)]
 
 
 def plan(jobs: int, cell: str | None = None) -> list[Unit]:
@@ -165,21 +169,24 @@ def prune(really: bool) -> None:
 
 
 def leftovers(loaded: params.Params) -> list[Path]:
-    """Files and folders under metrics, models and samples that belong to no cell of the sweep and to no dataset in it.
+    """What lies where stages write, and is written by no stage of the sweep: of other cells and datasets, of earlier versions.
 
-    Also the state of trainings that a kill broke off and nobody went on with.
+    Also the state of trainings that a kill broke off and nobody went on with. A folder stands for all in it.
     """
-    cells, datasets = {str(cell) for cell in loaded.sweep.cells()}, set(loaded.sweep.datasets)
-    trainings = {str(training) for training in loaded.sweep.trainings()}
-    folders: dict[Path, set[str]] = {paths.samples("x").parent: cells, paths.scores("evaluate", "x").parent: cells}
-    folders |= {paths.weights("x").parent: trainings, paths.loss_curve("x").parent: trainings}
-    folders |= {paths.scores(stage, "x").parent: datasets for stage in ("extractor", "reference")}
-    folders |= {make("x").parent: datasets for make in (paths.extractor, paths.reference)}
     unfinished = sorted([*Path(".state/checkpoints").glob("*"), *Path(".state/scratch").glob("*")])
     abandoned = [path for path in unfinished if not _is_held(Path(".state/locks", f"{path.name}.lock"))]
-    return abandoned + [
-        path for folder, names in folders.items() for path in sorted(folder.glob("[!.]*")) if _name(path) not in names
-    ]
+    written = {Path(out) for out in dvc_forms.outputs(loaded)}
+    written |= {folder for out in written for folder in out.parents}
+    return abandoned + [path for folder in WRITTEN for path in _strangers(folder, written)]
+
+
+def _strangers(folder: Path, known: set[Path]) -> Iterator[Path]:
+    """What lies in a folder, at any depth, and is not known; of folders that hold nothing known, the uppermost."""
+    for path in sorted(folder.glob("[!.]*")):
+        if path not in known:
+            yield path
+        elif path.is_dir():
+            yield from _strangers(path, known)
 
 
 def profile(name: str) -> None:
@@ -199,10 +206,6 @@ def _is_held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def _name(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
 
 
 def main() -> None:

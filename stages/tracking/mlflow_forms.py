@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stages.pipeline.params import Cell, Sweep
 
 VERSION = "3.17"
+TABLES = "dc11669786a5"  # the version of the tables that it makes; quicker than to ask for it
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}  # MLflow reads them when it is imported
 
 PATHS = (  # columns that hold absolute paths of artifacts
@@ -122,15 +123,23 @@ def _section(name: str, shown: bool) -> dict[str, Any]:
     return {"uuid": f"naqsh-{name}", "name": name, "display": shown, **place}
 
 
-def is_finished(database: sqlite3.Connection) -> bool | None:
-    """Whether a database holds a run, or MLflow's newest tables; None where it is somebody else's."""
+def state(database: sqlite3.Connection) -> str:
+    """What a database is to this MLflow: "current", "newer", "older" (if it holds runs), "unfinished" (if none), or "foreign"."""
     tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
-    if "runs" in tables and database.execute("select 1 from runs limit 1").fetchone():
-        return True
     if tables and not tables & {"experiments", "alembic_version"}:
-        return None
-    versions = database.execute("select version_num from alembic_version") if "alembic_version" in tables else []
-    return [version for (version,) in versions] == [newest_tables()]
+        return "foreign"
+    found = version(database)
+    if found and (found == TABLES or found == newest_tables()):
+        return "current"
+    if found and not _is_known(found):
+        return "newer"
+    return "older" if "runs" in tables and database.execute("select 1 from runs limit 1").fetchone() else "unfinished"
+
+
+def version(database: sqlite3.Connection) -> str:
+    """The version of a database's tables; empty where it tells none."""
+    named = database.execute("select 1 from sqlite_master where name = 'alembic_version'").fetchone()
+    return "".join(version for (version,) in database.execute("select version_num from alembic_version")) if named else ""
 
 
 def newest_tables() -> str:
@@ -138,6 +147,25 @@ def newest_tables() -> str:
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     return str(_get_latest_schema_revision())
+
+
+def _is_known(version: str) -> bool:
+    """Whether this MLflow or an earlier one makes tables of a version."""
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config
+
+    return any(script.revision == version for script in ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions())
+
+
+def upgrade_database(address: str) -> None:
+    """Bring the tables of a database to the newest version, in place, and close it. A failure leaves it half upgraded."""
+    from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
+
+    engine = create_sqlalchemy_engine(address)
+    try:
+        _upgrade_db(engine)
+    finally:
+        engine.dispose()
 
 
 def make_database(address: str, artifacts: Path) -> None:

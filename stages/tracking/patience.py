@@ -29,6 +29,7 @@ ASKED = 10.0  # for one call when a person asked for it
 QUICK = 1.0  # a call that took longer counts as waiting
 PAUSE, RETRY = 60.0, 1.0  # a store that was down is left alone for so long; the next try may take so long
 LOCAL = 60.0  # for what this machine's own disk and processor do: not waiting for a server
+UPGRADE = 1800.0  # for the upgrade of a local database, however many runs it holds
 
 _PROCESS = uuid.uuid4().hex
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import platform
+import shutil
 import sqlite3
 import sys
 import urllib.parse
@@ -85,13 +86,7 @@ def client(watch: Watch) -> "MlflowClient":
         _prepare(file, watch)
     else:
         _check_address()
-    try:
-        opened = watch.call(MlflowClient, uri(), may_take=patience.LOCAL if file else None)
-    except Exception as error:
-        if file and "already exists" in str(error):  # MLflow upgrades an old database in place, and was killed
-            raise UserError(f"{file} holds runs, and is half upgraded; put a copy from before in its place") from None
-        raise
-    return watched(opened, watch)
+    return watched(watch.call(MlflowClient, uri(), may_take=patience.LOCAL if file else None), watch)
 
 
 def experiment(client: "MlflowClient") -> str:
@@ -147,11 +142,13 @@ def _file() -> Path | None:
 def _prepare(file: Path, watch: Watch) -> None:
     """Make sure that a database is whole, can be written, and holds paths of this workspace; MLflow would try for minutes.
 
-    One that a kill left unfinished is set aside and made anew. Raises UserError where a person has to decide.
+    One that a kill left unfinished is set aside and made anew; one with the runs of an older MLflow is upgraded, and kept as it
+    was. Raises UserError where a person has to decide.
     """
     if file.is_dir():
         raise UserError(f"{file} is a folder where the database of MLflow should be; move it away")
-    if not watch.call(_is_whole, file, watch.limit()):
+    state = watch.call(_state, file, watch.limit())
+    if state == "unfinished":
         _set_aside(file)
         partial = file.with_name(f"{file.name}.partial")
         try:
@@ -159,6 +156,8 @@ def _prepare(file: Path, watch: Watch) -> None:
             watch.call(_put, partial, file)
         finally:
             _remove(partial)
+    elif state == "older":
+        watch.call(_upgrade, file, watch.limit(), may_take=patience.UPGRADE)
     watch.call(_mend, file, watch.limit())
 
 
@@ -177,18 +176,70 @@ def _open(file: Path, timeout: float) -> Iterator[sqlite3.Connection]:
             raise UserError(f"{file}: {error}") from None
 
 
-def _is_whole(file: Path, timeout: float) -> bool:
-    """Whether a database is finished: it holds a run, or MLflow's newest tables. Raises UserError where it is somebody else's."""
+def _state(file: Path, timeout: float) -> str:
+    """Whether a database is "current", "older" or "unfinished". Raises UserError where it is a newer MLflow's or foreign."""
     if not file.exists():
-        return False
+        return "unfinished"
     try:
         with _open(file, timeout) as database:
-            finished = mlflow_forms.is_finished(database)
+            state, version = mlflow_forms.state(database), mlflow_forms.version(database)
     except sqlite3.DatabaseError:  # no database at all
-        return False
-    if finished is None:
+        return "unfinished"
+    if state == "foreign":
         raise UserError(f"{file} is no database of MLflow; give MLFLOW_TRACKING_URI another name")
-    return finished
+    if state == "newer":
+        raise UserError(
+            f"{file} is of a newer MLflow, whose tables (version {version}) the one installed here does not know; "
+            "install that one, or give MLFLOW_TRACKING_URI another name"
+        )
+    return state
+
+
+def _upgrade(file: Path, timeout: float) -> None:
+    """Put an upgraded copy in the place of an older MLflow's database, which is kept under another name.
+
+    A kill leaves the old one or the new one, whole. Raises UserError where the old one is in use, or cannot be upgraded.
+    """
+    new, old = file.with_name(f"{file.name}.partial"), file.with_name(f"{file.name}.before.partial")
+    _settle(file, timeout)
+    try:
+        with _open(file, timeout) as database:  # meanwhile nobody else writes
+            kept = _free_name(file, f"before-{mlflow_forms.version(database) or 'upgrade'}")
+            _copy(file, new)
+            try:
+                mlflow_forms.upgrade_database(f"{SQLITE}{new}")
+            except Exception as error:
+                raise UserError(
+                    f"{file} holds runs of an older MLflow, and a copy of it could not be upgraded ({patience.reason(error)}); "
+                    "put one from before in its place if an upgrade was broken off, or give MLFLOW_TRACKING_URI another name"
+                ) from None
+            _copy(file, old)
+            old.rename(kept)
+            _put(new, file)
+    finally:
+        _remove(new)
+        _remove(old)
+    told = f"MLflow: {file.name} was an older MLflow's; it is upgraded, and kept as it was in {kept.name}"
+    print(told, file=sys.stderr, flush=True)
+
+
+def _settle(file: Path, timeout: float) -> None:
+    """Bring what lies beside a database into its file: a journal of the old one would damage a new one. Raises UserError."""
+    mlflow_forms.close(f"{SQLITE}{file}")
+    with contextlib.closing(sqlite3.connect(file, timeout=0.8 * timeout, isolation_level=None)) as database:
+        try:
+            database.execute("pragma journal_mode=delete")
+        except sqlite3.OperationalError as error:
+            why = "another process has it open; end it first" if "locked" in str(error) else str(error)
+            raise UserError(f"{file} is an older MLflow's, and cannot be upgraded: {why}") from None
+
+
+def _copy(file: Path, copy: Path) -> None:
+    """Copy a database as it was last committed; the copy is on the disk when this returns."""
+    _remove(copy)
+    with contextlib.closing(sqlite3.connect(file)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    shutil.copymode(file, copy)
 
 
 def _make(file: Path, artifacts: Path) -> None:
@@ -211,9 +262,14 @@ def _remove(file: Path) -> None:
         Path(f"{file}{end}").unlink(missing_ok=True)
 
 
+def _free_name(file: Path, why: str) -> Path:
+    """A name beside a file's that nobody has: NAME.why-1, NAME.why-2 ..."""
+    return next(name for n in itertools.count(1) if not (name := file.with_name(f"{file.name}.{why}-{n}")).exists())
+
+
 def _set_aside(file: Path) -> None:
     """Rename an unfinished database, and the files beside it: a journal of the old one would damage the new one."""
-    kept = next(name for n in itertools.count(1) if not (name := file.with_name(f"{file.name}.broken-{n}")).exists())
+    kept = _free_name(file, "broken")
     if file.exists() and file.stat().st_size:
         print(
             f"MLflow: {file.name} is not finished or damaged; it is kept as {kept.name}, and made anew", file=sys.stderr, flush=True

@@ -17,6 +17,13 @@ def test_image_i_depends_on_nothing_but_seed_index_and_draw():
     torch.testing.assert_close(gaussian(3, torch.tensor([9, 2]), [0, 5], SHAPE), whole[[2, 0]][:, [9, 2]], rtol=0, atol=0)
 
 
+def test_it_is_made_in_parts_of_any_size_to_the_same_bits(monkeypatch):
+    whole = gaussian(3, torch.arange(10), [5, 8, 0], SHAPE)
+    for rows in (1, 7):
+        monkeypatch.setattr(noise, "_IN_CACHE", rows * 32)
+        assert torch.equal(gaussian(3, torch.arange(10), [5, 8, 0], SHAPE), whole)
+
+
 def test_every_word_gives_a_finite_normal_and_a_zero_the_widest(monkeypatch):
     words = torch.tensor([[0, -(2**63), -1, 2**63 - 1, 1, 2**31, 2**32 - 1]])
     monkeypatch.setattr(noise, "_mix", lambda z: words if z.shape[-1] > 1 else z)

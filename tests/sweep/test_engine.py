@@ -3,13 +3,13 @@
 import json
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from stages.pipeline import dvc_forms, processes
+from stages.sweep import display as display_of
 from stages.sweep import engine, plan
 from stages.sweep.display import Display
 from stages.sweep.units import Unit
@@ -126,7 +126,7 @@ def test_time_left_is_of_what_was_recorded_and_of_this_run(
     display = Display([cell(T, "sample") for T in (1, 2, 3)], 2)
     assert display.seconds_left() == 6000
     clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(display_of, "monotonic", lambda: clock[0])
     display.started(cell(1, "sample"))
     clock[0] = 1000
     assert display.seconds_left() == 5000

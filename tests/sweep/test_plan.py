@@ -28,14 +28,22 @@ def test_leftovers_are_what_the_sweep_does_not_name_and_trainings_nobody_works_o
         paths.loss_curve("mnist-cosine-0"),
         paths.scores("reference", "mnist"),
     ]
-    stale = [paths.loss_curve("mnist-cosine-7"), paths.scores("reference", "emnist"), paths.weights("mnist-cosine-7")]
-    touch(*kept, *stale, paths.samples("mnist-cosine-7-0") / "grid.png")
+    files = [paths.loss_curve("mnist-cosine-7"), paths.scores("reference", "emnist"), Path("metrics/figures/cost.png")]
+    files += [paths.samples("mnist-cosine-100-0") / "snapshots.safetensors"]
+    folders = [
+        paths.weights("mnist-cosine-7"),
+        paths.samples("mnist-cosine-7-0"),
+        Path("models/cells"),
+        Path("metrics/timing/train"),
+    ]
+    kept += [Path("metrics/notes.md"), Path("data/raw/letters/a.png"), Path("models/.gitignore")]
+    touch(*kept, *files, *(folder / "deeper/x.json" for folder in folders))
     for name in ("held", "abandoned"):
         touch(Path(".state/checkpoints", name, "state.safetensors"), Path(".state/finished", name, "state.safetensors"))
     Path(".state/locks").mkdir()
     with FileLock(".state/locks/held.lock"):
         found = plan.leftovers(params.load())
-    assert set(found) == {*stale, paths.samples("mnist-cosine-7-0"), Path(".state/checkpoints/abandoned")}
+    assert set(found) == {*files, *folders, Path(".state/checkpoints/abandoned")}
 
 
 @pytest.mark.usefixtures("bare_tree")

@@ -181,7 +181,7 @@ def test_a_lock_that_was_cut_off_comes_back_from_its_rest_and_from_git(
         subprocess.run(["git", "add", "dvc.lock" if committed else "params.yaml"], check=True)
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "x"], check=True)
     lock.write_bytes(cut)
-    plan.plan()
+    plan.plan(1)
     said = capsys.readouterr().err
     entries = ENTRIES[:kept] + (committed or [])[kept:]
     assert lock.read_bytes() == (STARTS + b"".join(entries) if entries else b"schema: '2.0'\nstages: {}\n")
@@ -192,7 +192,7 @@ def test_a_lock_that_was_cut_off_comes_back_from_its_rest_and_from_git(
 def test_a_lock_that_dvc_reads_stays(lock: Path, cut: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     """Stages without a record, or with a part of one, DVC finds in its run cache."""
     lock.write_bytes(cut)
-    plan.plan()
+    plan.plan(1)
     assert lock.read_bytes() == cut
     assert not capsys.readouterr().err
 
@@ -211,7 +211,7 @@ def test_a_lock_that_dvc_reads_stays(lock: Path, cut: bytes, capsys: pytest.Capt
 def test_a_lock_that_no_kill_damaged_stays_byte_for_byte(lock: Path, content: bytes, says: str) -> None:
     lock.write_bytes(content)
     with pytest.raises(UserError, match=rf"^dvc\.lock .*{says}"):
-        plan.plan()
+        plan.plan(1)
     assert lock.read_bytes() == content
 
 
@@ -220,7 +220,7 @@ def test_a_lock_that_dvc_refuses_when_mended_is_put_back(lock: Path, monkeypatch
     refusal = subprocess.CompletedProcess([], 1, "", "ERROR: dvc.lock is\n git-ignored\n")
     monkeypatch.setattr(dvc_forms, "status", lambda: refusal)
     with pytest.raises(UserError, match=r"^`dvc status` failed: ERROR: dvc\.lock is git-ignored$"):
-        plan.plan()
+        plan.plan(1)
     assert lock.read_bytes() == cut
 
 

@@ -19,9 +19,11 @@ def test_this_is_the_version_that_they_were_looked_at_in() -> None:
     assert f'"mlflow=={mlflow_forms.VERSION}.*"' in pinned, "`make lock` would bring another"
 
 
-def test_a_database_is_finished_when_it_has_the_newest_tables(tmp_path: Path, empty_store: Path) -> None:
+def test_a_database_is_known_by_its_tables(tmp_path: Path, empty_store: Path) -> None:
+    assert mlflow_forms.newest_tables() == mlflow_forms.TABLES
     with sqlite3.connect(empty_store) as database:
-        assert mlflow_forms.is_finished(database) is True
+        assert mlflow_forms.version(database) == mlflow_forms.TABLES
+        assert mlflow_forms.state(database) == "current"
         columns = {
             (table, column)
             for (table,) in database.execute("select name from sqlite_master where type = 'table'").fetchall()
@@ -31,12 +33,19 @@ def test_a_database_is_finished_when_it_has_the_newest_tables(tmp_path: Path, em
     named_so = {pair for pair in columns if pair[1] in ("artifact_location", "artifact_uri", "storage_location")}
     assert named_so <= set(mlflow_forms.PATHS)  # no other column holds the folder of artifacts
     with sqlite3.connect(tmp_path / "half.db") as database:
-        assert mlflow_forms.is_finished(database) is False
+        assert mlflow_forms.state(database) == "unfinished"
         database.execute("create table alembic_version (version_num text)")
-        assert mlflow_forms.is_finished(database) is False
+        assert mlflow_forms.state(database) == "unfinished"
+        database.execute("insert into alembic_version values ('acf3f17fdcc7')")
+        assert mlflow_forms.state(database) == "unfinished"
+        database.execute("create table runs (x text)")
+        database.execute("insert into runs values ('a run')")
+        assert mlflow_forms.state(database) == "older"
+        database.execute("update alembic_version set version_num = '0123456789ab'")
+        assert mlflow_forms.state(database) == "newer"
     with sqlite3.connect(tmp_path / "other.db") as database:
         database.execute("create table mine (x text)")
-        assert mlflow_forms.is_finished(database) is None
+        assert mlflow_forms.state(database) == "foreign"
 
 
 def test_the_step_of_a_picture_is_in_its_name(tmp_path: Path, empty_store: Path) -> None:

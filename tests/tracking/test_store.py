@@ -134,27 +134,128 @@ def test_an_unfinished_database_is_made_anew(
     assert "not recorded" not in capsys.readouterr().err
 
 
-def test_a_database_that_holds_runs_or_is_somebody_elses_stays(
+def copy(source: Path, target: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(source)) as database, contextlib.closing(sqlite3.connect(target)) as written:
+        database.backup(written)
+    return target
+
+
+def test_what_is_half_upgraded_newer_or_somebody_elses_stays(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publish(CELL)
-    for name in ("old.db", "half.db"):
-        with contextlib.closing(sqlite3.connect(tree / "mlflow.db")) as source, contextlib.closing(sqlite3.connect(name)) as copy:
-            source.backup(copy)
-    half(tree / "half.db", "old version")
-    with contextlib.closing(sqlite3.connect(tree / "old.db", isolation_level=None)) as database:
-        database.execute("update alembic_version set version_num = 'acf3f17fdcc7'")
-    with contextlib.closing(sqlite3.connect(tree / "other.db")) as database:
-        database.execute("create table mine (x)")
-    for name, says in (("old.db", "mlflow db upgrade"), ("half.db", "half upgraded"), ("other.db", "no database of MLflow")):
+    half(copy(tree / "mlflow.db", tree / "half.db"), "old version")
+    for name, change in (
+        ("newer.db", "update alembic_version set version_num = '0123456789ab'"),
+        ("other.db", "create table mine (x)"),
+    ):
+        if name == "newer.db":
+            copy(tree / "mlflow.db", tree / name)
+        with contextlib.closing(sqlite3.connect(tree / name, isolation_level=None)) as database:
+            database.execute(change)
+    before = [query(tree / name, "select * from sqlite_master") for name in ("half.db", "newer.db", "other.db")]
+    for name, says in (
+        ("half.db", "holds runs of an older MLflow, and a copy of it could not be upgraded ((sqlite3.OperationalError) "),
+        ("newer.db", "is of a newer MLflow, whose tables (version 0123456789ab) the one installed here does not know; install"),
+        ("other.db", "is no database of MLflow"),
+    ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{name}")
         publish(CELL)
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("MLflow: not recorded: ")
-        assert says in line
-    assert len(query(tree / "half.db", "select * from runs")) == len(query(tree / "old.db", "select * from runs")) == 1
-    assert query(tree / "other.db", "select name from sqlite_master") == [("mine",)]
-    assert not list(tree.glob("*.broken-*"))
+        assert line.startswith(f"MLflow: not recorded: {tree / name} {says}")
+    assert [query(tree / name, "select * from sqlite_master") for name in ("half.db", "newer.db", "other.db")] == before
+    assert len(query(tree / "half.db", "select * from runs")) == len(query(tree / "newer.db", "select * from runs")) == 1
+    assert not [path.name for path in tree.glob("*.db.*") if not path.name.endswith((".lock", "-shm", "-wal"))]
+
+
+OLDER = "b7e4c1a90f23"  # the version of the tables of an MLflow that had fewer
+
+
+def make_older(tree: Path) -> str:
+    """Let a database be as an older MLflow would have left it, with a run and in the midst of being written; the run's id."""
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+
+    publish(CELL)
+    (run,) = runs(tree)
+    mlflow_forms.close(f"sqlite:///{tree / 'mlflow.db'}")
+    command.downgrade(_get_alembic_config(f"sqlite:///{tree / 'mlflow.db'}"), OLDER)
+    return str(run.info.run_id)
+
+
+def test_an_older_database_is_upgraded_on_a_copy(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_id = make_older(tree)
+    (tree / "mlflow.db").chmod(0o600)
+    tables = query(tree / "mlflow.db", "select name from sqlite_master order by name")
+    metrics = f"select key, value, step from metrics where run_uuid = '{run_id}' order by key, step"
+    before = query(tree / "mlflow.db", metrics)
+    capsys.readouterr()
+
+    with contextlib.closing(sqlite3.connect(tree / "mlflow.db", isolation_level=None)) as other:  # such as a UI
+        other.execute("select * from runs").fetchall()
+        publish(CELL)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "cannot be upgraded: another process has it open" in line
+    edit("params.yaml", lambda text: text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
+    publish(CELL)
+    kept = tree / f"mlflow.db.before-{OLDER}-1"
+    assert capsys.readouterr().err.splitlines() == [
+        f"MLflow: mlflow.db was an older MLflow's; it is upgraded, and kept as it was in {kept.name}"
+    ]
+    old, new = runs(tree)
+    assert (old.info.run_id, old.data.tags["current"], new.data.tags["current"]) == (run_id, "false", "true")
+    assert query(tree / "mlflow.db", metrics) == before
+    assert query(tree / "mlflow.db", "select version_num from alembic_version") == [(mlflow_forms.TABLES,)]
+    assert query(kept, "select name from sqlite_master order by name") == tables
+    assert query(kept, metrics) == before
+    assert (tree / "mlflow.db").stat().st_mode & 0o777 == kept.stat().st_mode & 0o777 == 0o600
+    assert {path.name.removeprefix(kept.name) for path in tree.glob("mlflow.db.[!l]*")} <= {"", "-wal", "-shm"}
+    publish(CELL)
+    assert not capsys.readouterr().err
+
+
+KILLED = """
+import contextlib, os, pathlib, signal, sqlite3
+from alembic.runtime.migration import HeadMaintainer
+from stages.tracking import mirror, mlflow_forms, store
+
+def deadly(function):
+    def call(*arguments):
+        global left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return function(*arguments)
+    return call
+
+for place, name in ((store, "_copy"), (store, "_put"), (mlflow_forms, "upgrade_database"), (store.shutil, "copymode"),
+                    (HeadMaintainer, "update_to_step"), (pathlib.Path, "rename")):
+    setattr(place, name, deadly(getattr(place, name)))
+store.load()
+for left in range(100):
+    if not os.fork():
+        mirror.sync()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as database:
+        print(code, mlflow_forms.version(database), *database.execute("select run_uuid from runs").fetchone())
+    if not code:
+        break
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_database_is_upgraded_leaves_the_old_one(tree: Path) -> None:
+    """The kill comes at each of: a copy, its end, the upgrade, each step of it, the copy that is kept, its name, the new one's."""
+    run_id = make_older(tree)
+    older = copy(tree / "mlflow.db", tree / "older.db")
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    told = [line.split() for line in done.stdout.splitlines() if not line.startswith("MLflow")]
+    assert told == [[str(-signal.SIGKILL), OLDER, run_id]] * (len(told) - 1) + [["0", mlflow_forms.TABLES, run_id]]
+    assert len(told) > 12
+    for kept in [tree / f"mlflow.db.before-{OLDER}-1", *tree.glob("mlflow.db.before-*")]:
+        assert query(kept, "select * from metrics") == query(older, "select * from metrics")
+    assert not list(tree.glob("mlflow.db.*partial*"))
 
 
 def test_a_database_that_cannot_be_written_is_one_line(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
