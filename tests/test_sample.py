@@ -129,10 +129,10 @@ def test_image_i_does_not_depend_on_how_many_are_asked_for(options, name):
 
 def test_noise_is_that_of_its_own_seed_not_of_the_training(options):
     sample.main(CELL, options)
-    (first, _), weights_of = drawn("fast"), paths.weights(str(CELL)) / "ema.safetensors"
+    (first, _), weights_of = drawn("fast"), paths.weights(str(CELL.training)) / "ema.safetensors"
     other = params.Cell("toy", "cosine", 12, 2)
-    paths.weights(str(other)).mkdir(parents=True)
-    shutil.copy(weights_of, paths.weights(str(other)))
+    paths.weights(str(other.training)).mkdir(parents=True)
+    shutil.copy(weights_of, paths.weights(str(other.training)))
     sample.main(other, options)
     same, _ = weights.load_tensors(paths.samples(str(other)) / "fast.safetensors")
     assert torch.equal(same["images"], first["images"])
@@ -146,9 +146,7 @@ def test_image_i_is_the_same_drawing_at_every_t(options, zero_terminal_snr):
     save_network(conditional=True, zero_terminal_snr=zero_terminal_snr)
     sets = []
     for T in (24, 48):
-        cell = params.Cell("toy", "cosine", T, 1)
-        paths.weights(str(cell)).mkdir(parents=True, exist_ok=True)
-        shutil.copy(paths.weights(str(CELL)) / "ema.safetensors", paths.weights(str(cell)))
+        cell = params.Cell("toy", "cosine", T, CELL.seed)
         sample.main(cell, options.model_copy(update={"ancestral_images": 10}))
         images = weights.load_tensors(paths.samples(str(cell)) / "ancestral.safetensors")[0]["images"]
         sets.append(images.double().flatten(1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.pipeline import dvc_forms, processes
+from stages.pipeline import clocks, dvc_forms, processes
 from stages.sweep import display as display_of
 from stages.sweep import engine, plan
 from stages.sweep.display import Display
@@ -122,7 +122,7 @@ def test_time_left_is_of_what_was_recorded_and_of_this_run(
 ) -> None:
     assert run([cell(T, "sample") for T in (1, 2)], 1) == []
     assert "a-x-1-0  FID 1.0  sampled  about 10 s left\n" in capsys.readouterr().out, "what the first took"
-    monkeypatch.setattr(plan, "expected", lambda name, what: 3000.0 if what == "seconds" else None)
+    monkeypatch.setattr(clocks, "expected", lambda name, what: 3000.0 if what == "seconds" else None)
     display = Display([cell(T, "sample") for T in (1, 2, 3)], 2)
     assert display.seconds_left() == 6000
     clock = [0.0]
@@ -144,7 +144,7 @@ def test_a_unit_waits_for_memory_but_not_for_ever(
     run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "_free_mib", lambda: 2000.0)
-    monkeypatch.setattr(plan, "expected", lambda name, what: 1200.0 if what == "peak_memory_mib" else None)
+    monkeypatch.setattr(clocks, "expected", lambda name, what: 1200.0 if what == "peak_memory_mib" else None)
     assert run([cell(T, "sample") for T in (1, 2)], 2) == []
     times = ran()
     assert times["sample@a-x-2-0"][0] > times["sample@a-x-1-0"][1]
