@@ -93,9 +93,12 @@ def environment() -> dict[str, str]:
     return kept | quiet | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 
-def call(folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command there as a user would. Raises AssertionError, with its output, where it does not end with that code."""
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+def call(folder: Path, *command: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command there as a user would. Raises AssertionError, with its output, where it does not end with that code.
+
+    `more`: of the environment.
+    """
+    done = subprocess.run(command, cwd=folder, env=environment() | more, capture_output=True, text=True)
     if done.returncode != code:
         raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

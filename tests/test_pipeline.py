@@ -17,9 +17,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from benchmarks.kills import CELL, PROFILE, call, commit, copy_tree, environment
+from benchmarks.kills import CELL, PROFILE, ROOT, call, commit, copy_tree, environment
 from stages.pipeline import params, paths
 from stages.pipeline.params import Cell
+from stages.sweep import warm
 from stages.tracking import mirror, provenance
 
 NETWORK = str(Cell(*CELL.split("-")[:2], T=8, seed=0).training)
@@ -28,7 +29,25 @@ TINY = PROFILE.replace("images: 2400", "images: 128")  # eight steps of training
 
 def repro(folder: Path, *options: str) -> str:
     """What `dvc repro` says, with stages that are forks, as under `make repro`."""
-    return call(folder, sys.executable, "-m", "stages.sweep.warm", "dvc", "repro", *options).stdout
+    return call(folder, "dvc", "repro", *options, **FORKED).stdout
+
+
+FORKED: dict[str, str] = {}  # what leads stages to the process that they are forks of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks() -> Iterator[None]:
+    """One process for all of these tests, so that the libraries are imported once."""
+    told = f"import os, time; print(os.environ[{warm.ADDRESS!r}], flush=True); time.sleep(3600)"
+    command = [sys.executable, "-m", "stages.sweep.warm", sys.executable, "-c", told]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            FORKED[warm.ADDRESS] = server.stdout.readline().strip()
+            yield
+        finally:
+            FORKED.clear()
+            server.terminate()
 
 
 def changed(folder: Path) -> set[str]:
@@ -263,7 +282,7 @@ def test_a_cell_whose_parameters_change_while_it_trains_is_not_recorded_and_goes
         with subprocess.Popen(
             ["dvc", "repro", f"train@{NETWORK}"],
             cwd=tree,
-            env=environment(),
+            env=environment() | FORKED,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
