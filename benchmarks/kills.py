@@ -231,7 +231,7 @@ class Pipeline:
             if runs != [(cell, "FINISHED", "active") for cell in CELLS]:
                 found.append(f"runs: {runs}")
             for cell, name in itertools.product(CELLS, ("train_loss", "images_per_sec")):
-                rows = (self.folder / f"metrics/train/{cell}.csv").read_text().splitlines()[1:]
+                rows = (self.folder / "metrics/train" / f"{cell.replace('-8-', '-')}.csv").read_text().splitlines()[1:]
                 select = "select step from metrics join runs using (run_uuid) where key = ? and runs.name = ? order by step"
                 steps = [step for (step,) in database.execute(select, [name, cell])]
                 if steps != [int(row.split(",")[0]) for row in rows]:
