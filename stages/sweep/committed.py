@@ -15,11 +15,12 @@ MOST = 4  # cells that are told one by one
 
 
 def lines(tree: Tree, cells: Sequence[Cell]) -> Iterator[str]:
-    """What to say of finished cells; nothing where git holds no results."""
+    """What to say of finished cells of which git holds results; nothing where it holds none."""
     committed = git.git("show", f"HEAD:./{dvc_forms.LOCK}")
-    if not committed or not cells:
+    before = dvc_forms.lock_entries((committed or "").replace("\r\n", "\n"))
+    cells = [cell for cell in cells if f"evaluate@{cell}" in before]
+    if not cells:
         return
-    before = dvc_forms.lock_entries(committed.replace("\r\n", "\n"))
     others = [cell for cell in cells if _outputs(tree, before, cell) != _outputs(tree, tree.lock, cell)]
     yield f"{len(cells) - len(others)} of {len(cells)} cells have the committed bits."
     for cell in others[:MOST]:

@@ -40,7 +40,8 @@ def test_the_same_bits_are_told_in_a_line_and_others_by_how_far_their_scores_lie
     assert said()[1].endswith(
         f"2.8 standard errors apart; committed ones were made on {provenance.here()['train'][0]['processor']}"
     )
-    assert said(CELL, OTHER)[0] == "1 of 2 cells have the committed bits."  # neither holds the other cell
+    assert said(CELL, OTHER)[0] == "0 of 1 cells have the committed bits."  # git holds nothing of the other cell
+    assert said(OTHER) == []
 
 
 @pytest.mark.usefixtures("tree")
