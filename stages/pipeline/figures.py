@@ -66,7 +66,7 @@ def save_lines(
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def save_contact_sheet(path: Path, groups: list[dict[str, Path]], *, width: int = 340) -> None:
+def save_contact_sheet(path: Path, groups: list[dict[str, Path]], *, width: int = 250) -> None:
     """Write a PNG, whole, that shows picture files side by side, each scaled to `width` under its name.
 
     Four to a row; every group begins a new row, as high as its highest picture.
@@ -90,4 +90,4 @@ def save_contact_sheet(path: Path, groups: list[dict[str, Path]], *, width: int 
             draw.text((left, top + head / 2), name, fill=0, font=font, anchor="lm")
             canvas.paste(image, (left, top + head))
     with whole_file(path) as temporary:
-        canvas.quantize(32).save(temporary, format="PNG", optimize=True)
+        canvas.quantize(16).save(temporary, format="PNG", optimize=True)
