@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -412,10 +412,27 @@ def in_order(kills: list[Kill], rng: random.Random) -> list[Kill]:
     return sorted(kills, key=position)
 
 
-def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
-    """Rounds of one to three kills, each followed by a `make repro` that may end; stops at the first round with a fault."""
+def soak(pipeline: Pipeline, kills: int, seed: int, told: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """Rounds of one to three kills, each followed by a `make repro` that may end; stops at the first round with a fault.
+
+    `told` hears the summary after every round, so that what is known survives a stop.
+    """
     rng = random.Random(seed)
     deck, done, missed, rounds, faults, history = drawn(rng), [], 0, 0, [], []
+
+    def summary() -> dict[str, Any]:
+        places, ways = Counter(about["hit"] for about, _ in done), Counter((kill.whom, kill.how) for _, kill in done)
+        return {
+            "kills": len(done),
+            "rounds": rounds,
+            "places": {place: places[place] for place in PLACES},
+            "ways": {f"{how} of {whom}": ways[whom, how] for whom, how in WAYS},
+            "with two at a time": sum(about["jobs"] == 2 for about, _ in done),
+            "faults": faults,
+            **({"history": history, "folder": str(pipeline.folder), "outputs": str(pipeline.outputs)} if faults else {}),
+            "slowest_end_seconds": round(max((about["seconds"] or 0 for about, _ in done), default=0), 1),
+        }
+
     with tqdm(total=kills, unit="kill", disable=None) as bar:
         while len(done) < kills and not faults:
             pipeline.forget()
@@ -432,17 +449,8 @@ def soak(pipeline: Pipeline, kills: int, seed: int) -> dict[str, Any]:
             faults = [fault for about in history for fault in about["faults"]] or pipeline.finish(jobs)
             if missed > 3 + kills // 4:
                 faults.append(f"{missed} kills found their place passed")
-    places, ways = Counter(about["hit"] for about, _ in done), Counter((kill.whom, kill.how) for _, kill in done)
-    return {
-        "kills": len(done),
-        "rounds": rounds,
-        "places": {place: places[place] for place in PLACES},
-        "ways": {f"{how} of {whom}": ways[whom, how] for whom, how in WAYS},
-        "with two at a time": sum(about["jobs"] == 2 for about, _ in done),
-        "faults": faults,
-        **({"history": history, "folder": str(pipeline.folder), "outputs": str(pipeline.outputs)} if faults else {}),
-        "slowest_end_seconds": round(max((about["seconds"] or 0 for about, _ in done), default=0), 1),
-    }
+            told(summary())
+    return summary()
 
 
 def main() -> None:
@@ -450,17 +458,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="kept; without it, all is removed unless there is a fault")
-    parser.add_argument("--summary", type=Path, help="a file to write the JSON to")
+    parser.add_argument("--summary", type=Path, help="a file to write the JSON to, after every round")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = args.folder or Path(tempfile.mkdtemp())
     started = time.perf_counter()
     pipeline = Pipeline((folder / "naqsh").resolve())
-    result = {"seed": args.seed, **soak(pipeline, args.kills, args.seed)}
-    result |= {"unbroken_seconds": round(pipeline.seconds), "seconds": round(time.perf_counter() - started)}
+    result: dict[str, Any] = {}
+
+    def told(summary: dict[str, Any]) -> None:
+        result.update({"seed": args.seed, **summary, "unbroken_seconds": round(pipeline.seconds)})
+        result["seconds"] = round(time.perf_counter() - started)
+        if args.summary:
+            args.summary.write_text(json.dumps(result, indent=2) + "\n")
+
+    soak(pipeline, args.kills, args.seed, told)
     print(json.dumps(result))
-    if args.summary:
-        args.summary.write_text(json.dumps(result, indent=2) + "\n")
     if not args.folder and not result["faults"]:
         shutil.rmtree(folder)
     sys.exit(bool(result["faults"]))

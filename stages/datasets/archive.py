@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,33 +47,16 @@ def fetch(folder: Path, *, path: str | None, url: str | None, drive: str | None,
         _check_sha256(folder / FILE, sha256, label)
 
 
-def read(
-    folder: Path,
-    *,
-    size: int,
-    invert: bool,
-    pad: bool,
-    strict: bool,
-    group: str | None,
-    validation_share: float,
-    test_share: float,
-    seed: int,
-    **_: object,
-) -> Dataset:
-    """The images of archive.zip, divided by what they show or by group; the classes are the labels, in rising order.
+def read(folder: Path, **options: Any) -> Dataset:
+    """The images of archive.zip; the classes are the labels, in rising order.
 
     A label is what stands before the first dot of a file's name: digits of any script, so that 5, 05 and ۵ are one class.
 
     Args:
-        size, invert, pad: see pictures.Shape.
-        strict: True: an image that cannot be read, or has no label, is an error; False: it is dropped, unless many are.
-        group: a regular expression; the one group in it tells from an image's path, as it is in the archive, to which group the
-            image belongs, such as its writer; None: each image is its own.
-        validation_share, test_share, seed: see splits.split.
+        options: those of `labelled`.
 
     Raises:
-        UserError: archive.zip is missing, damaged, unsafe or empty; an image is unreadable and `strict`, or too many are; a
-            class has too few; `group` tells no group of an image.
+        UserError: archive.zip is missing, damaged, unsafe or empty; and what `labelled` raises.
     """
     with zips.opened(folder / FILE) as archive:
         members = zips.members(archive, str(folder / FILE))
@@ -87,12 +71,7 @@ def read(
         [place[label] for label in known],
         [str(label) for label in classes],
         refused,
-        shape=pictures.Shape(size, invert, pad),
-        strict=strict,
-        group=group,
-        validation_share=validation_share,
-        test_share=test_share,
-        seed=seed,
+        **options,
     )
 
 
@@ -103,20 +82,35 @@ def labelled(
     class_names: list[str],
     refused: list[tuple[str, str]],
     *,
-    shape: pictures.Shape,
+    size: int,
+    invert: bool,
+    pad: bool,
     strict: bool,
     group: str | None,
     validation_share: float,
     test_share: float,
     seed: int,
+    **_: object,
 ) -> Dataset:
-    """The dataset of an archive's images, each with the place of its class in `class_names`. For the rest see `read`."""
+    """The dataset of an archive's images, divided by what they show or by group.
+
+    Args:
+        labels: of each image, its place in `class_names`.
+        refused: names of other images, each with the reason.
+        size, invert, pad: see pictures.Shape.
+        strict: True: an image that cannot be read, or is refused, is an error; False: it is dropped, unless many are.
+        group: a regular expression; the one group in it tells from an image's path, as it is in the archive, to which group the
+            image belongs, such as its writer; None: each image is its own.
+        validation_share, test_share, seed: see splits.split.
+
+    Raises:
+        UserError: an image is unreadable and `strict`, or too many are; a class has too few; `group` tells no group of an image.
+    """
     groups = None if group is None else [_group_of(name, group) for name in members.names]
-    images, kept, dropped = pictures.read_all(archive, members, **shape._asdict(), strict=strict, refused=refused)
-    y = torch.tensor(labels, dtype=torch.int64)[kept]
+    images, kept, dropped = pictures.read_all(archive, members, size=size, invert=invert, pad=pad, strict=strict, refused=refused)
     data = split(
         images,
-        y,
+        torch.tensor(labels, dtype=torch.int64)[kept],
         class_names,
         groups=groups and [groups[i] for i in kept],
         validation_share=validation_share,

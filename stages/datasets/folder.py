@@ -1,8 +1,9 @@
 """A folder of images, one sub-folder per class; or images without classes."""
 
 from pathlib import Path
+from typing import Any
 
-from stages.datasets import pictures, zips
+from stages.datasets import zips
 from stages.datasets.archive import labelled
 from stages.datasets.splits import Dataset
 from stages.errors import UserError
@@ -22,44 +23,20 @@ def fetch(folder: Path, *, path: str, **_: object) -> None:
     _load(folder / FILE, label)
 
 
-def read(
-    folder: Path,
-    *,
-    size: int,
-    invert: bool,
-    pad: bool,
-    strict: bool,
-    group: str | None,
-    validation_share: float,
-    test_share: float,
-    seed: int,
-    **_: object,
-) -> Dataset:
-    """The images of images.zip, divided by what they show or by group; the classes are the sub-folders, sorted.
+def read(folder: Path, **options: Any) -> Dataset:
+    """The images of images.zip; the classes are the sub-folders, sorted.
 
     What lies in deeper sub-folders belongs to the class of the first level. Images that lie in no sub-folder are one class.
 
-    Args: see archive.read.
+    Args:
+        options: those of archive.labelled.
 
     Raises:
-        UserError: images.zip is missing or damaged; a class has too few images; an image is unreadable and `strict`, or too many
-            are; `group` tells no group of an image.
+        UserError: images.zip is missing or damaged; and what archive.labelled raises.
     """
     members, classes = _load(folder / FILE)
     place = {name: y for y, name in enumerate(classes)}
-    return labelled(
-        folder / FILE,
-        members,
-        [place[_class_of(name)] for name in members.names],
-        classes,
-        [],
-        shape=pictures.Shape(size, invert, pad),
-        strict=strict,
-        group=group,
-        validation_share=validation_share,
-        test_share=test_share,
-        seed=seed,
-    )
+    return labelled(folder / FILE, members, [place[_class_of(name)] for name in members.names], classes, [], **options)
 
 
 def _load(path: Path, label: str | None = None) -> tuple[zips.Members, list[str]]:

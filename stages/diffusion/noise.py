@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed integer
-_IN_CACHE = 2**15  # pairs at a time, on a CPU, for its cache to hold them: twice as fast as many at once
+_IN_CACHE = 50_000  # pairs at a time, on a CPU, for its cache to hold them: twice as fast as many at once
 
 
 def gaussian(seed: int, index: Tensor, draws: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -36,24 +36,28 @@ def gaussian(seed: int, index: Tensor, draws: Sequence[int], shape: tuple[int, .
 
 
 def _fill(normal: Tensor, key: Tensor) -> None:
-    """Write the normals of keys, (n, 1) int64, into (n, 2, pairs)."""
+    """Write the normals of keys, (n, 1) int64, into (n, 2, pairs); in place wherever it goes, which is faster."""
     pairs = normal.shape[-1]
-    words = _mix(key + torch.arange(1, pairs + 1, device=key.device) * _GOLDEN).view(torch.int32)  # (n, 2 pairs)
-    uniform = (words[:, :pairs] | 1).float().abs_().mul_(2.0**-31)  # of an odd number, so in (0, 1]: its logarithm is finite
-    radius = uniform.log_().mul_(-2).sqrt_()
-    angle = words[:, pairs:].float().mul_(math.pi * 2.0**-31)  # in [-pi, pi]
-    torch.mul(radius, angle.cos(), out=normal[:, 0])
-    torch.mul(radius, angle.sin(), out=normal[:, 1])
+    bits = _mix(key + torch.arange(1, pairs + 1, device=key.device) * _GOLDEN)
+    words = bits.view(torch.int32)  # (n, 2 pairs)
+    words[:, :pairs].bitwise_or_(1)  # an odd number is not 0: its logarithm is finite
+    uniform, angle = words.float().split(pairs, dim=1)
+    radius = uniform.abs_().mul_(2.0**-31).log_().mul_(-2).sqrt_()  # of a uniform in (0, 1]
+    angle.mul_(math.pi * 2.0**-31)  # in [-pi, pi]
+    torch.cos(angle, out=normal[:, 0]).mul_(radius)
+    torch.sin(angle, out=normal[:, 1]).mul_(radius)
 
 
 def _mix(z: Tensor) -> Tensor:
     """The finaliser of SplitMix64 on int64 tensors, whose products wrap."""
     z = z + _GOLDEN
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z.bitwise_xor_(_shifted(z, shift)).mul_(factor - (1 << 64))
-    return z.bitwise_xor_(_shifted(z, 31))
+    spare = torch.empty_like(z)
+    _xor_shift(z, 30, spare).mul_(0xBF58476D1CE4E5B9 - (1 << 64))
+    _xor_shift(z, 27, spare).mul_(0x94D049BB133111EB - (1 << 64))
+    return _xor_shift(z, 31, spare)
 
 
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Unsigned right shift: torch's own keeps the sign."""
-    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+def _xor_shift(z: Tensor, bits: int, spare: Tensor) -> Tensor:
+    """z ^ (z >> bits) without a sign, in place; torch's own shift keeps the sign."""
+    torch.bitwise_right_shift(z, bits, out=spare)
+    return z.bitwise_xor_(spare.bitwise_and_((1 << (64 - bits)) - 1))
