@@ -24,6 +24,7 @@ from stages.errors import ChangedError, UserError, sound
 from stages.networks.classifier import Classifier
 from stages.pipeline.dvc_forms import workspace
 from stages.pipeline.files import alone, content_hash, md5, sha256, whole_file, whole_folder
+from stages.pipeline.processes import cpu_model
 from stages.pipeline.stage import check_unchanged
 
 
@@ -84,13 +85,14 @@ def fingerprint(files: Iterable[Path], *values: Any) -> str:
 
 
 def machine() -> dict[str, str]:
-    """What of this machine decides bits: type of the device, which of its instructions torch uses, version of torch.
+    """What of this machine decides bits: type of the device, its model and which of its instructions torch uses, version of torch.
 
-    How many cores it has decides none: the number of threads is a parameter.
+    The instructions alone do not: MKL takes others on AMD's processors with AVX-512 than on Intel's, to other sums. How many cores
+    it has decides none: the number of threads is a parameter.
     """
     device_type, version = device().type, torch.__version__.partition("+")[0]
-    processor = torch.cuda.get_device_name() if device_type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"device": device_type, "processor": processor, "torch": version}
+    on_cpu = f"{torch.backends.cpu.get_cpu_capability()} on {cpu_model()}"
+    return {"device": device_type, "processor": torch.cuda.get_device_name() if device_type == "cuda" else on_cpu, "torch": version}
 
 
 @contextlib.contextmanager

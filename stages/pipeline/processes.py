@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import platform
+import re
 import signal
 import sys
 import threading
@@ -85,3 +87,18 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def cpu_model(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Maker and model of the CPU, in its own numbers: virtual machines give one name to many. Without Linux, the architecture.
+
+    Args:
+        file: in which Linux tells of the CPUs.
+    """
+    try:
+        told = file.read_text(errors="replace")
+    except OSError:
+        told = ""
+    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # of x86; of Arm
+    found = [match[1] for name in names if (match := re.search(rf"^{name}\s*:[ \t]*(\S+)", told, re.MULTILINE))]
+    return " ".join(found) or platform.machine()

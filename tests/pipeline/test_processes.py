@@ -1,10 +1,11 @@
-"""How many CPUs a process may use, by affinity, the quotas of its cgroups, and the share that `make repro` gave it."""
+"""How many CPUs a process may use, by affinity, the quotas of its cgroups, and what `make repro` gave it; which model they are."""
 
+import platform
 from pathlib import Path
 
 import pytest
 
-from stages.pipeline import processes
+from stages.pipeline import checkpoint, processes
 
 V2, V1 = "0::/outer/inner\n", "9:name=systemd:/\n4:cpu,cpuacct:/docker/x\n3:cpuset:/\n0::/\n"
 
@@ -62,3 +63,30 @@ def test_a_share_given_by_the_runner_counts(cgroups: Path, monkeypatch: pytest.M
 
 def test_here_it_is_a_number_of_cpus() -> None:
     assert processes.cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("told", "model"),
+    [
+        (
+            "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon\n\n" * 2,
+            "GenuineIntel 6 143",
+        ),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: EPYC\n", "AuthenticAMD 25 17"),
+        ("CPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd0c\n", "0x41 0xd0c"),
+        ("model name\t: 7\nvendor_id\t:\n", platform.machine()),
+        (None, platform.machine()),
+    ],
+)
+def test_a_cpu_is_told_by_maker_and_model(tmp_path: Path, told: str | None, model: str) -> None:
+    if told is not None:
+        (tmp_path / "cpuinfo").write_text(told)
+    assert processes.cpu_model(tmp_path / "cpuinfo") == model
+
+
+def test_the_record_of_a_machine_names_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processors with AVX-512 do not give the same bits where one is AMD's and the other Intel's."""
+    monkeypatch.setattr(checkpoint, "cpu_model", lambda: "AuthenticAMD 25 17")
+    one = checkpoint.machine()
+    monkeypatch.setattr(checkpoint, "cpu_model", lambda: "GenuineIntel 6 143")
+    assert one["device"] != "cpu" or one["processor"] != checkpoint.machine()["processor"]
