@@ -38,7 +38,7 @@ profile: $(VENV)/.installed ## merge profiles/NAME.yaml into params.yaml: make p
 	@$(ENTER) python -m stages.sweep.plan profile "$(NAME)"
 
 experiments: $(VENV)/.installed ## the experiments of `dvc exp run`, each with what it changed and its scores
-	@$(ENTER) dvc exp show --only-changed --no-pager --drop '^(data|models|samples|stages|metrics/(evaluate|reference|timing|train))'
+	@$(ENTER) dvc exp show --only-changed --no-pager --drop '^(data|models|samples|stages|metrics/(evaluate|extractor|reference|train))'
 
 cards: $(VENV)/.installed ## write the card of every prepared dataset into data/README.md
 	@$(ENTER) python -m stages.pipeline.cards

@@ -1,6 +1,6 @@
 """What samples cost and what they gain, measured on finished cells.
 
-    python benchmarks/sampling.py guidance mnist-cosine-200-0 persian_glyphs-cosine-200-0
+    python benchmarks/sampling.py guidance mnist-cosine-100-0 persian_glyphs-cosine-100-0
     python benchmarks/sampling.py evaluations mnist-cosine-1000-0
 
 guidance: precision, recall and FID over its strength, on the interval of params.yaml or on the whole chain.
@@ -55,7 +55,7 @@ class Drawer:
     def row(self, how: How, n: int, **changes: Any) -> dict[str, Any]:
         """Network evaluations for each image and the scores of n of them, with some keys of `sample` changed."""
         sample = self.params.sample.model_copy(update=changes)
-        drawn = chain_of(self.cell, sample, paths.weights(str(self.cell)) / "ema.safetensors", self.counts).draw(n, how)
+        drawn = chain_of(self.cell, sample, paths.weights(str(self.cell.training)) / "ema.safetensors", self.counts).draw(n, how)
         labels = class_sequence(torch.arange(n), self.counts)
         scores = score_set(self.judge, drawn.images, labels, self.params.evaluate.min_scored)
         names = ("precision", "recall", "fid", "accuracy")

@@ -12,6 +12,8 @@ if not all(importlib.util.find_spec(name) for name in ("pydantic", "torch", "saf
         f"naqsh: {sys.executable} is not the project's environment. Run `make repro`, or `. .venv/bin/activate` before `dvc repro`."
     )
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy and scipy, before they are imported: bits depend on no number of cores
+
 try:
     getpass.getuser()
 except (KeyError, OSError):  # a user without a name, as in a container: DVC and torch ask for one, and fail without it

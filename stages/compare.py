@@ -113,7 +113,7 @@ def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
         "N": "images",
         "accuracy": "accuracy",
     }
-    columns |= {"sure": "confident", "precision": "precision", "recall": "recall", "bits/dim": "bits_per_dim"}
+    columns |= {"confident": "confident", "precision": "precision", "recall": "recall", "bits/dim": "bits_per_dim"}
     columns |= {"eps-MSE": "eps_mse", "trained on": "train_images"}
     columns |= {"evaluations, fast": "fast_evaluations", "all T": "ancestral_evaluations"}
     lines = ["# Comparison of the sweep", "", _EXPLANATION]
@@ -143,11 +143,11 @@ know that labels are drawn at fixed frequencies, so it is about twice too wide a
 (measured on MNIST). It says nothing of another training: two trainings that differ in their seed alone differ by up to about 36 %
 of FID (95 % of pairs; estimated from three triples of MNIST).
 
-`accuracy` is the share of samples that the classifier gives the label they were drawn for, `sure` the share to which it gives
-any label with at least 0.9 confidence. `precision` is the share of samples among the real images, `recall` the share of real
-images among the samples (k = 3). `bits/dim` is the variational bound on the negative log-likelihood
-of test images, given their labels. `eps-MSE` is a property of the schedule and ranks nothing across schedules; the loss by
-log-SNR does. `trained on` counts images; one network serves every T of its schedule. Every cell is sampled twice: fast, with the
+`accuracy` is the share of samples that the classifier recognises as the requested class, `confident` the share to which it gives
+any class a probability of at least 0.9. `precision` is the share of samples among the real images, `recall` the share of real
+images among the samples (k = 3). `bits/dim` is the variational bound on the negative log-likelihood of test images, given their
+labels. `eps-MSE` is a property of the schedule: do not compare it between schedules. The loss by log-SNR does compare.
+`trained on` counts images; one network serves every T of its schedule. Every cell is sampled twice: fast, with the
 same number of steps in every cell (all scores are of this set), and with all T steps. `evaluations` of the network are what an
 image costs: seconds are in MLflow and in what `make repro` prints.
 """

@@ -49,17 +49,24 @@ def main(cell: params.Cell, evaluate: params.Evaluate, train__threads: int) -> N
         drawn, sampling = load_tensors(paths.samples(str(cell)) / f"{name}.safetensors")
         scores[name] = {"sampling": sampling, **score_set(judge, drawn["images"], drawn["labels"], evaluate.min_scored)}
     scores |= measure_losses(cell, evaluate)
-    scores["machines"] = {"train": sampling["trained_on"], "sample": [sampling["machine"]], "evaluate": [checkpoint.machine()]}
+    scores["machines"] = {**judge.machines, "train": sampling["trained_on"]}
+    scores["machines"] |= {"sample": [sampling["machine"]], "evaluate": [checkpoint.machine()]}
     write_json(paths.scores("evaluate", str(cell)), scores)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What the samples of a dataset are scored with: the classifier, the real images, and what metrics/reference/D.json holds."""
+    """What the samples of a dataset are scored with.
+
+    Attributes:
+        floors: what metrics/reference/D.json holds.
+        machines: that made classifier and reference.
+    """
 
     classifier: Classifier
     real: Real
     floors: Json
+    machines: Json
 
     @classmethod
     def load(cls, dataset: str) -> "Judge":
@@ -69,7 +76,7 @@ class Judge:
         gaussian = Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"])
         shares = {name: floors[name]["value"] for name in floors.keys() & METRICS.keys() if floors[name]}
         real = Real(gaussian, tensors["features"], np.array(floors["class_frequencies"]), shares)
-        return cls(load_classifier(paths.extractor(dataset)), real, floors)
+        return cls(load_classifier(paths.extractor(dataset)), real, floors, about["machines"])
 
     def floor(self, name: str, n: int) -> float | None:
         """What real images score: n of them, where the metric depends on how many; None where that was not measured."""

@@ -18,7 +18,7 @@ from stages.errors import UserError
 from stages.fidelity.agreement import agreement
 from stages.networks.classifier import CHUNK, FEATURES, Classifier, classify, shift
 from stages.pipeline import params, paths
-from stages.pipeline.checkpoint import save_tensors
+from stages.pipeline.checkpoint import machine, save_tensors
 from stages.pipeline.files import write_json
 from stages.pipeline.stage import progress, run
 
@@ -37,7 +37,8 @@ def main(dataset: str, extractor: params.Extractor, train__threads: int) -> dict
     net = fit(train["images"], train["labels"], num_classes, extractor)
     seconds = time.perf_counter() - start
     path = paths.extractor(dataset)
-    save_tensors(path, net.state_dict(), classifier={"size": train["images"].shape[-1], "num_classes": num_classes})
+    about = {"size": train["images"].shape[-1], "num_classes": num_classes}
+    save_tensors(path, net.state_dict(), classifier=about, machine=machine())
 
     _, probabilities = classify(net, map(to_float, test["images"].split(CHUNK)))
     scores = {

@@ -18,7 +18,7 @@ from stages.fidelity.metrics import METRICS, Measured
 from stages.fidelity.sets import Fake, Real
 from stages.networks.classifier import CHUNK, classify
 from stages.pipeline import paths
-from stages.pipeline.checkpoint import load_classifier, save_tensors
+from stages.pipeline.checkpoint import load_classifier, machine, save_tensors
 from stages.pipeline.files import write_json
 from stages.pipeline.stage import progress, run
 
@@ -35,7 +35,9 @@ def main(dataset: str, sample__images: int, sample__ancestral_images: int, evalu
     split, others = embedded.part(0, len(test["labels"])), embedded.part(len(test["labels"]), embedded.n)
     real = real_of(split, sample__images)
     saved = {"mean": torch.from_numpy(real.gaussian.mean), "cov": torch.from_numpy(real.gaussian.cov), "features": real.features}
-    save_tensors(paths.reference(dataset), saved, images=split.n)
+    _, extractor = load_tensors(paths.extractor(dataset))
+    machines = {"extractor": [extractor["machine"]], "reference": [machine()]}
+    save_tensors(paths.reference(dataset), saved, images=split.n, machines=machines)
     sizes = sorted({N for N in (sample__images, sample__ancestral_images) if N >= evaluate__min_scored})
     scores = {
         "test_images": split.n,
@@ -66,7 +68,8 @@ def draws_of(images: Fake, like: Tensor, N: int) -> list[Fake]:
 
     Samples are drawn so as well; sets with chance class counts would put the floor too high.
     """
-    ends = [counts_at(like, k * N) for k in range(DRAWS + 1)]  # of the sets, within each class
+    turns, classes = in_turn(like, DRAWS * N), int(like.max()) + 1
+    ends = [turns[: k * N].bincount(minlength=classes).tolist() for k in range(DRAWS + 1)]  # of the sets, within each class
     order = torch.randperm(images.n, generator=torch.Generator().manual_seed(0))
     of_class = [order[images.labels[order] == y] for y in range(len(ends[0]))]
     draws = sum(all(end <= len(rows) for end, rows in zip(of_set, of_class, strict=True)) for of_set in ends[1:])
@@ -74,11 +77,17 @@ def draws_of(images: Fake, like: Tensor, N: int) -> list[Fake]:
     return [images.take(torch.cat(part)) for part in parts]
 
 
-def counts_at(like: Tensor, N: int) -> list[int]:
-    """How many of N images are of each class at the frequencies of labels, (M,) int64: the largest remainders are rounded up."""
-    whole, rest = (f(N * like.bincount(), len(like)) for f in (torch.floor_divide, torch.remainder))
-    whole[rest.argsort(descending=True, stable=True)[: N - int(whole.sum())]] += 1
-    return [int(n) for n in whole]
+def in_turn(like: Tensor, N: int) -> Tensor:
+    """(N,) int64, classes at the frequencies of labels, (M,) int64, in every beginning: next is always the one furthest behind.
+
+    Source: the method of Webster and Sainte-Laguë for the seats of a parliament.
+    """
+    counts = like.bincount()
+    most = (counts * (N + len(counts))).div(len(like), rounding_mode="floor") + 1  # no class comes up more often
+    most[counts == 0] = 0
+    y = torch.arange(len(counts)).repeat_interleave(most)
+    earlier = torch.arange(len(y)) - (most.cumsum(0) - most)[y]
+    return y[((earlier + 0.5) / counts[y]).argsort(stable=True)[:N]]
 
 
 def floors_of_sets(real: Real, sets: list[Fake]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def main(cell: params.Cell, sample: params.Sample) -> dict[str, Any]:
     frames = [(_shown(x), _shown(x0_hat)) for x, x0_hat in ((x[: len(full.images)], y[: len(full.images)]) for x, y in full.frames)]
     grids.save_gif(folder / "denoising.gif", [grids.grid(x, COLUMNS, scale=2) for x, _ in frames], milliseconds=80)
     grids.save_png(folder / "chain.png", chain_picture(frames))
-    return {**measured, **measured_of_full, **checkpoint.device_memory()}
+    return {**measured, **measured_of_full, **checkpoint.device_memory(), "threads": chain.workers}
 
 
 def ways(sample: params.Sample, T: int) -> tuple[How, How]:

@@ -199,7 +199,7 @@ def _report(job: Job, train_loss: float, rate: float) -> Path:
     val_loss = validate(state.errors_of, state.average, *split.held_out, len(state.alpha_bar))
     row: dict[str, float] = {"step": state.step, "images": state.step * state.recipe.batch, "lr": rate_of_step(state, state.step)}
     row |= {"train_loss": train_loss, "val_loss": val_loss}
-    record.curve.append({key: float(significant(value)) for key, value in row.items()})
+    record.curve.append({key: value if isinstance(value, int) else float(significant(value)) for key, value in row.items()})
     record.clock.append({"step": state.step, "images_per_sec": round(rate, 1), **peak_memory(), **checkpoint.device_memory()})
     state.set_losses(torch.empty(0))
     return _draw(job, len(record.curve))  # by report, for trainings of any length to lie side by side
@@ -368,7 +368,9 @@ def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("step", "images", "lr", "train_loss", "val_loss"), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: significant(value) for key, value in row.items()} for row in curve)
+        writer.writerows(
+            {key: value if isinstance(value, int) else significant(value) for key, value in row.items()} for row in curve
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths
 from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.files import read_json
+from stages.tracking import provenance
 
 ROOT = Path(__file__).parents[1]
 SIZE, CLASSES, N = 16, 3, 200
@@ -180,11 +181,26 @@ def test_sets_are_disjoint_and_at_the_frequencies_of_the_test_split() -> None:
     assert reference.draws_of(images, like, 649) == []  # 201.2
 
 
-def test_counts_have_the_largest_remainders_rounded_up() -> None:
+def test_the_class_that_is_furthest_behind_comes_next() -> None:
     like = torch.tensor([0] * 5 + [1] * 3 + [3] * 2)
-    assert reference.counts_at(like, 10) == [5, 3, 0, 2]
-    assert reference.counts_at(like, 4) == [2, 1, 0, 1]  # 2, 1.2, 0, .8
-    assert reference.counts_at(like, 1001) == [501, 300, 0, 200]  # 500.5, 300.3, 0, 200.2
+    turns = reference.in_turn(like, 1001)
+    assert len(turns) == 1001
+    for n, counts in ((10, [5, 3, 0, 2]), (4, [2, 1, 0, 1]), (1001, [501, 300, 0, 200])):  # of 4: 2, 1.2, 0, .8
+        assert turns[:n].bincount(minlength=4).tolist() == counts
+    assert len(reference.in_turn(like, 0)) == 0
+
+
+def test_sets_have_n_images_each_of_its_own_where_many_classes_are_rare() -> None:
+    """Rounded each for itself, the counts of a larger set can be smaller: 30 classes of 1 in 200, one of 170 in 200."""
+    like = torch.cat([torch.arange(1, 31), torch.zeros(170, dtype=torch.int64)])
+    labels = like.repeat(20)
+    images = Fake(torch.arange(4000)[:, None].float(), torch.zeros(4000, 31), labels)
+    for n in (7, 99, 101, 301):
+        sets = reference.draws_of(images, like, n)
+        assert [each.n for each in sets] == [n] * reference.DRAWS
+        drawn = torch.cat([each.features[:, 0] for each in sets])
+        assert len(drawn.unique()) == len(drawn)
+    assert reference.in_turn(like, 200).bincount().equal(like.bincount())
 
 
 def test_a_floor_that_the_validation_split_cannot_give_is_null(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +419,7 @@ def test_main_writes_whole_scores_to_the_same_bytes(tree: Path) -> None:
     assert scores["fast"]["fid"]["floor"] == floors["fid"]["value"]
     assert scores["train_images"] == 100
     assert scores["fast"]["sampling"] == {"sampler": "ddim", "steps": 5, **MADE}
-    assert scores["machines"] == {stage: [checkpoint.machine()] for stage in ("train", "sample", "evaluate")}
+    assert scores["machines"] == provenance.here(), "each stage whose bits the machine decides"
     assert scores["network"] == "own"
     assert scores["fast"]["scored"]
     assert not scores["ancestral"]["scored"]

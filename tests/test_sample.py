@@ -1,14 +1,17 @@
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import sampling
 from stages import sample
 from stages.diffusion.process import logsnr
 from stages.diffusion.samplers import ddim
 from stages.drawing import weights
+from stages.drawing.chain import How
 from stages.errors import UserError
 from stages.networks.unet import UNet
 from stages.pipeline import checkpoint, params, paths, processes
@@ -198,3 +201,19 @@ def test_a_failure_in_one_chunk_ends_all(options, monkeypatch):
     with pytest.raises(UserError, match="no"):
         sample.main(CELL, options)
     assert not paths.samples(str(CELL)).exists()
+
+
+def test_the_study_of_samples_draws_with_the_network_of_the_cell_s_training(options, monkeypatch):
+    """benchmarks/sampling.py, on the cells that exist after `make repro`."""
+    loaded = Mock(sample=options)
+    monkeypatch.setattr(sampling.params, "load", lambda: loaded)
+    monkeypatch.setattr(sampling.params, "find_cell", lambda _, name: {str(CELL): CELL}[name])
+    monkeypatch.setattr(sampling.Judge, "load", lambda _: None)
+    score = {"value": 0.0, "error": None, "floor": None}
+    monkeypatch.setattr(
+        sampling, "score_set", lambda _, images, *rest: dict.fromkeys(("precision", "recall", "fid", "accuracy"), score)
+    )
+    row = sampling.Drawer(str(CELL)).row(How("ddpm", "trailing", 4, {"variance": "posterior"}), 6, guidance=0.0)
+    assert row["cell"] == str(CELL)
+    assert row["evaluations"] == 4
+    assert row["images"] == 6

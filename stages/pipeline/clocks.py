@@ -5,6 +5,7 @@ and data, so it finds the clocks of that run.
 """
 
 import functools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def expected(name: str, what: str) -> float | None:
     stage, _, item = name.partition("@")
     for pattern in (f"{item}.*", f"{item.partition('-')[0]}[.-]*", "*"):
         for path in sorted(_folder(stage).glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True):
-            if (found := _read(path).get(what)) is not None:
+            found = _read(path).get(what)
+            if isinstance(found, int | float):
                 return float(found)
     return None
 
@@ -63,7 +65,8 @@ def _folder(stage: str) -> Path:
 def path_of(stage: str, item: str, entry: dict[str, Any]) -> Path:
     """The file of what was measured when a stage was run with the inputs of an entry."""
     deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
-    return _folder(stage) / f"{item}.{content_hash([deps, entry.get('params')])[:16]}.json"
+    values = json.loads(json.dumps(entry.get("params")), parse_int=float)  # dvc.lock has 1 where the schema makes 1.0 of it
+    return _folder(stage) / f"{item}.{content_hash([deps, values])[:16]}.json"
 
 
 def _read(path: Path) -> Clocks:

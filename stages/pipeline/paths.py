@@ -74,7 +74,7 @@ def weights(training: str) -> Path:
 
 
 def samples(cell: str) -> Path:
-    """Folder of the three sets of samples, grid.png, chain.png and denoising.gif."""
+    """Folder of the two sets of samples, grid.png, chain.png and denoising.gif."""
     return Path("samples") / cell
 
 

@@ -44,8 +44,8 @@ def _distance(cell: Cell) -> str:
         before, now = (json.loads(text) for text in (git.git("show", f"HEAD:./{path}") or "", path.read_text()))
         machines = f"; committed ones were made on {_processors(before)}" if _processors(before) != _processors(now) else ""
         return _told(before["fast"]["fid"], now["fast"]["fid"]) + machines
-    except (OSError, ValueError, KeyError, TypeError):
-        return "git holds no score of it"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "git holds no score of it that compares"
 
 
 def _processors(scores: dict[str, Any]) -> str:

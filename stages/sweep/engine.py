@@ -7,14 +7,17 @@ Each unit is a `dvc repro` of its own, whose output goes to .state/logs/UNIT.log
 """
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 from stages.errors import UserError, in_one_line
 from stages.pipeline import clocks, dvc_forms, processes
@@ -23,10 +26,12 @@ from stages.sweep.display import Display
 from stages.sweep.units import Unit
 from stages.tracking import mirror
 
-LOGS = Path(".state/logs")
+LOGS, OWN_LOCK = Path(".state/logs"), Path(".state/locks/repro.lock")
 LEAST_MIB = 1536  # of memory for a unit of which no peak is known
 PAUSE = 0.1  # seconds between two looks at what runs
-NOTES = re.compile(r"^(?!MLflow: ).*(?:going on from|starting over|takes the network|waiting for it to end).*$", re.MULTILINE)
+NOTES = re.compile(
+    r"^(?!MLflow: ).*(?:going on from|begun on|starting over|takes the network|waiting for it to end|emulates it).*$", re.MULTILINE
+)
 
 
 class Job:
@@ -114,7 +119,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", metavar="N", help="units at a time; default: as many as there are cores")
     parser.add_argument("--cell", metavar="NAME", help="make this cell alone, without the comparison")
     args = parser.parse_args(arguments)
-    with in_one_line("repro"):
+    with in_one_line("repro"), _only_one():
         jobs = plan.default_jobs() if args.jobs is None else _positive(args.jobs)
         todo = plan.plan(jobs, args.cell)
         with Display(todo, jobs) as display:
@@ -127,6 +132,17 @@ def main(arguments: list[str]) -> int:
     if not synced:  # last, for what was said before has scrolled away
         print(f"MLflow is not up to date: {mirror.last_trouble()}. All results are in the files; `make sync` tries again.")
     return int(bool(failed))
+
+
+@contextlib.contextmanager
+def _only_one() -> Iterator[None]:
+    """Hold this folder for one `make repro`. Raises UserError where another has it."""
+    OWN_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(OWN_LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise UserError("another `make repro` works in this folder; wait for it, or follow it in `make ui`") from None
 
 
 def _positive(text: str) -> int:

@@ -50,7 +50,7 @@ def plan(jobs: int, cell: str | None = None) -> list[Unit]:
         print(line)
     changed = _changed()
     affected = with_followers(set(changed), graph.needs(stages, loaded))
-    todo = units.only(affected, every)
+    todo = units.one_training_first(units.only(affected, every), loaded)
     names = [name for name in affected if any(name in unit.stages for unit in todo)]
     if not todo:
         print(
@@ -131,9 +131,9 @@ def table() -> None:
         print(f"Without results of the present code, parameters and data: {', '.join(missing)}")
         print("metrics/report.md and metrics/figures are of an earlier run, if they are there.")
     elif finished:
+        print(f"Pictures: metrics/report.md, metrics/figures/, {paths.samples('CELL')}/grid.png and denoising.gif")
         for line in committed.lines(tree, finished):
             print(line)
-        print(f"Pictures: metrics/report.md, metrics/figures/, {paths.samples('CELL')}/grid.png and denoising.gif")
 
 
 def score(cell: str) -> str:
@@ -149,8 +149,10 @@ def score(cell: str) -> str:
 def tell(cell: str) -> None:
     """Print the score of one cell, and where its picture is, if its results are of what is here now."""
     tree = Tree.read()
-    if tree.is_recorded(params.find_cell(tree.params, cell)):
+    if tree.is_recorded(found := params.find_cell(tree.params, cell)):
         print(f"{cell}  {score(cell)}\nPicture: {paths.samples(cell) / 'grid.png'}", flush=True)
+        for line in committed.lines(tree, [found]):
+            print(line)
     else:
         print(f"Without results of the present code, parameters and data: {cell}", flush=True)
 

@@ -5,6 +5,7 @@ choice, not a change of the file.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,33 @@ def _reasons(changes: list[Any], recorded: dict[str, Any], values: dict[str, Any
         if name not in was:
             yield f"{name} is {state}"
     read = {file["path"] for file in (*recorded.get("deps", []), *recorded.get("outs", []))}
-    shown = "DATASET" if "-" not in item else "CELL"
+    shown = _places(item)
     missing = [path for path, state in found.items() if state in ABSENT and not path.endswith(".py")]
     for path, state in sorted(found.items(), key=lambda file: not file[0].endswith(".py")):
         if path in missing:
             continue
         if path in read:
-            yield f"{path.replace(item, shown) if item else path} is {state}"
+            yield f"{_general(path, shown)} is {state}"
         elif Path(path).stem not in chosen:
             yield f"{path} is a new input"
     if missing:
         yield MISSING
+
+
+def _places(item: str) -> dict[str, str]:
+    """What stands in the paths of a stage for its dataset, its network and its cell, longest first."""
+    parts = item.split("-")
+    if len(parts) == 4:
+        return {item: "CELL", "-".join([*parts[:2], parts[3]]): "NETWORK", parts[0]: "DATASET"}
+    return {item: "NETWORK", parts[0]: "DATASET"} if len(parts) == 3 else {item: "DATASET"} if item else {}
+
+
+def _general(path: str, shown: dict[str, str]) -> str:
+    """A path that is the same for all of a kind of stage; code keeps its name."""
+    if not path.endswith(".py"):
+        for name, word in shown.items():
+            path = re.sub(rf"(?<=/){re.escape(name)}(?=[/.])", word, path)
+    return path
 
 
 def _short(value: Any) -> str:

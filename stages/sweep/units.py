@@ -60,6 +60,16 @@ def only(stages: Collection[str], every: list[Unit]) -> list[Unit]:
     return [unit._replace(needs=tuple(name for name in unit.needs if name in names)) for unit in kept if unit.stages]
 
 
+def one_training_first(todo: list[Unit], loaded: params.Params) -> list[Unit]:
+    """The same, where networks are shared with the trainings of a dataset and seed waiting for the first: they take its network."""
+    firsts, trainings = dict[str, str](), {unit.name for unit in todo}
+    for cell in loaded.sweep.cells() if loaded.train.shared else ():
+        if (name := f"train@{cell.training}") in trainings:
+            firsts[name] = firsts.setdefault(f"{cell.dataset} {cell.seed}", name)
+    waits = {name: (first,) for name, first in firsts.items() if name != first and " " not in name}
+    return [unit._replace(needs=unit.needs + waits.get(unit.name, ())) for unit in todo]
+
+
 def ready(waiting: list[Unit], undone: Collection[str]) -> list[Unit]:
     """Those that can start: nothing that they need is undone."""
     return [unit for unit in waiting if not any(name in undone for name in unit.needs)]

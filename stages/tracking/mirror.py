@@ -13,7 +13,7 @@ from stages.pipeline.stage import Listener
 from stages.tracking import mlflow_forms, patience, store
 from stages.tracking.patience import Watch
 from stages.tracking.provenance import Tree, here
-from stages.tracking.runs import SECTIONS, claim, end_the_dead, read_record, runs_by_cell, write_origins, write_run
+from stages.tracking.runs import SECTIONS, claim, disclaim, end_the_dead, read_record, runs_by_cell, write_origins, write_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,6 +99,8 @@ def sync(*, asked: bool = False) -> bool:
         records = [read_record(tree, cell) for cell in finished]
         claimed = [claim(client, experiment, tree, it.cell, it.machines, runs.get(str(it.cell), [])) for it in records]
         written = [write_run(client, record, run) for record, run in zip(records, claimed, strict=True)]
+        for name in runs.keys() - set(map(str, cells)):  # of former sweeps
+            disclaim(client, runs[name])
         end_the_dead(client, itertools.chain(*runs.values()))
         write_origins(client, experiment)
         _offer_view(client, experiment, tree.params)
@@ -123,7 +125,7 @@ def with_store(work: _Work, *, prepare: Callable[["MlflowClient"], None] = lambd
     try:
         with patience.watch(store.uri(), asked=asked) as watch:
             store.load()
-            with store.alone(watch):
+            with store.alone(watch, asked=asked):
                 if done := watch.run(lambda: _opened(watch, prepare, work)):
                     print(f"MLflow: {done}", flush=True)
         _trouble = None

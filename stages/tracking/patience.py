@@ -38,6 +38,10 @@ class DownError(UserError):
     """The store does not answer, or did not a short time ago."""
 
 
+class BusyError(UserError):
+    """Another process of this workspace uses the store, which may be well."""
+
+
 class Watch:
     """Times the calls of one use of the store."""
 
@@ -143,6 +147,8 @@ def watch(uri: str, *, asked: bool = False) -> Iterator[Watch]:
     watch = Watch(uri, call, math.inf if free else min(left, RETRY) if past.down else left)
     try:
         yield watch
+    except BusyError:
+        raise
     except Exception as error:
         note(uri, watch.give_up(), reason(error))
         raise

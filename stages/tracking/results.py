@@ -22,7 +22,7 @@ _COLUMNS = (
     ("+-", "fid_error", ".2g"),
     ("floor", "fid_floor", ".4g"),
     ("acc", "accuracy", ".1%"),
-    ("sure", "confident", ".1%"),
+    ("conf", "confident", ".1%"),
     ("bits/dim", "bits_per_dim", ".3f"),
     ("train", "train_seconds", ".0f"),
     ("fast", "fast_seconds_per_image", ".3f"),
@@ -30,7 +30,7 @@ _COLUMNS = (
 )
 _LEGEND = """\
 FID of the fast set and its error (about twice too wide; it says nothing of another training). floor:
-FID of as many validation images. acc: share of samples recognised as the requested class; sure: share
+FID of as many validation images. acc: share of samples recognised as the requested class; conf: share
 that the classifier gives any class with at least 0.9 probability. bits/dim: variational bound.
 train: seconds; fast, all T: seconds per image with few steps and with all T; -: not measured here."""
 

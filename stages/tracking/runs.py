@@ -106,6 +106,13 @@ def claim(
     return known or _create(client, experiment, tree, cell, machines)
 
 
+def disclaim(client: "MlflowClient", runs: list["Run"]) -> None:
+    """Say of runs of this workspace that they are not current."""
+    for run in runs:
+        if run.data.tags.get("current") == "true" and run.data.tags.get(store.WORKSPACE) == store.here():
+            client.set_tag(run.info.run_id, "current", "false")
+
+
 def write_run(client: "MlflowClient", record: Record, run: "Run") -> bool:
     """Make a run hold the record, and be finished; False where it was so already."""
     from mlflow.entities import RunTag

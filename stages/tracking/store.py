@@ -59,18 +59,18 @@ def load() -> None:
 
 
 @contextlib.contextmanager
-def alone(watch: Watch) -> Iterator[None]:
-    """Hold the lock of the store, for two creators break a new database. Raises DownError when another process keeps it.
+def alone(watch: Watch, *, asked: bool = False) -> Iterator[None]:
+    """Hold the lock of the store, for two creators break a new database. Raises BusyError when another process keeps it.
 
-    Who finds no database waits for as long as another process may need to make it.
+    Who finds no database waits for as long as another process may need to make it; who was `asked` by a person, for as long too.
     """
     file = _file()
     path, making = f"{file or workspace() / 'mlflow.db'}.lock", file is not None and not file.exists()
-    lock = FileLock(path)
+    lock, long = FileLock(path), making or asked
     try:
-        watch.call(lock.acquire, timeout=patience.LOCAL if making else watch.limit(), may_take=patience.LOCAL if making else None)
+        watch.call(lock.acquire, timeout=patience.LOCAL if long else watch.limit(), may_take=patience.LOCAL if long else None)
     except Timeout:
-        raise patience.DownError(f"another process writes to the store, and holds {path}") from None
+        raise patience.BusyError(f"another process writes to the store, and holds {path}") from None
     try:
         yield
     finally:

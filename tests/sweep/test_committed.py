@@ -1,5 +1,6 @@
 """What `make repro` says at its end of results that git holds."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def test_the_same_bits_are_told_in_a_line_and_others_by_how_far_their_scores_lie
 def test_where_git_holds_nothing_nothing_is_said() -> None:
     record(CELL, last="evaluate")
     assert said() == []
+
+
+@pytest.mark.parametrize("machines", ["[]", "null", '{"train": 3}'])
+def test_a_score_of_another_form_in_git_is_told(results: Path, machines: str) -> None:
+    path = paths.scores("evaluate", str(CELL))
+    scores = json.loads(path.read_text())
+    path.write_text(json.dumps(scores | {"machines": json.loads(machines)}))
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@localhost", "commit", "-qam", "Another form"], check=True)
+    make_files(CELL, fid=22.0)
+    record(CELL, last="evaluate")
+    assert said() == ["0 of 1 cells have the committed bits.", f"  {CELL}: git holds no score of it that compares"]

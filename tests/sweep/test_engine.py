@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from stages.pipeline import clocks, dvc_forms, processes
 from stages.sweep import display as display_of
@@ -21,6 +22,8 @@ for stage in sys.argv[1:]:
     begun = time.monotonic()
     print(f"Running stage '{stage}':\\n> python -m stages.{kind}", flush=True)
     print(f"{stage}: going on from step 7 of 9", flush=True) if kind == "resumed" else None
+    print("begun on A, here it is B: the bits will be of both", flush=True) if kind == "resumed" else None
+    print("this processor has no bf16 arithmetic and emulates it, slowly", flush=True) if kind == "resumed" else None
     time.sleep(0.4)
     if kind == "bad":
         print("bad: the loss became nan at step 3")
@@ -137,7 +140,11 @@ def test_time_left_is_of_what_was_recorded_and_of_this_run(
 
 def test_a_stage_that_goes_on_is_told(run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([Unit("train@a-x-0", ("resumed@a-x-0",), ())], 1) == []
-    assert capsys.readouterr().out == "resumed@a-x-0: going on from step 7 of 9\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "resumed@a-x-0: going on from step 7 of 9",
+        "begun on A, here it is B: the bits will be of both",
+        "this processor has no bf16 arithmetic and emulates it, slowly",
+    ]
 
 
 def test_a_unit_waits_for_memory_but_not_for_ever(
@@ -157,3 +164,14 @@ def test_a_unit_waits_for_memory_but_not_for_ever(
 def test_a_number_of_jobs_that_is_none_is_refused(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=re.escape(f"repro: JOBS = {jobs!r} is no number of units from 1 up")):
         engine.main(["--jobs", jobs])
+
+
+def test_a_second_repro_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "plan", lambda *_: pytest.fail("the second one began"))
+    engine.OWN_LOCK.parent.mkdir(parents=True)
+    with (
+        FileLock(engine.OWN_LOCK),
+        pytest.raises(SystemExit, match="repro: another `make repro` works in this folder; wait for it"),
+    ):
+        engine.main([])

@@ -86,3 +86,18 @@ def test_no_secret_is_told_and_no_long_value() -> None:
     assert said({FETCH: changes}) == ["  fetch: data.mnist.path is now https://***@host/x (was None)"]
     edit("params.yaml", set_to("https://me:hunter2@host/x", "y" * 100))
     assert said({FETCH: changes}) == [f"  fetch: data.mnist.path is now {'y' * 60}... (was None)"]
+
+
+def test_paths_are_told_once_for_all_cells_of_a_kind() -> None:
+    read = dict.fromkeys((f"models/networks/{CELL.training}/ema.safetensors", f"samples/{CELL}/fast.safetensors"), "modified")
+    said_of = said({f"evaluate@{CELL}": [{"changed deps": read | {"metrics/reference/mnist.json": "modified"}}]})
+    assert said_of == [
+        "  evaluate: models/networks/NETWORK/ema.safetensors is modified, samples/CELL/fast.safetensors is modified, "
+        "metrics/reference/DATASET.json is modified"
+    ]
+    assert said({TRAIN: [{"changed outs": {f"metrics/train/{CELL.training}.csv": "modified"}}]}) == [
+        "  train: metrics/train/NETWORK.csv is modified"
+    ]
+    assert said({FETCH: [{"changed deps": {"stages/datasets/mnist.py": "modified"}}]}) == [
+        "  fetch: stages/datasets/mnist.py is modified"
+    ]

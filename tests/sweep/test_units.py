@@ -68,3 +68,16 @@ def test_the_end_is_told_by_what_each_takes_and_how_many_run() -> None:
     assert units.ends(todo, 1, seconds) == {"data@a": 1, "a-x-1-0": 3, "a-x-2-0": 5, "data@b": 10, "compare": 11}
     assert units.ends(todo, 2, seconds) == {"data@a": 1, "a-x-1-0": 3, "data@b": 5, "a-x-2-0": 5, "compare": 6}
     assert units.ends([], 2, {}) == {}
+
+
+def test_where_networks_are_shared_one_training_goes_before_the_others_of_its_dataset_and_seed() -> None:
+    loaded, todo = params.load(), list(every().values())
+    assert units.one_training_first(todo, loaded) == todo
+    shared = loaded.model_copy(update={"train": loaded.train.model_copy(update={"shared": True})})
+    needs = {unit.name: unit.needs for unit in units.one_training_first(todo, shared)}
+    assert needs["train@mnist-linear-0"] == ("data@mnist",)
+    assert needs[f"train@{NETWORK}"] == ("data@mnist", "train@mnist-linear-0")
+    assert needs["train@persian_glyphs-cosine-0"] == ("data@persian_glyphs", "train@persian_glyphs-linear-0")
+    assert needs[CELL] == every()[CELL].needs
+    alone = units.leading_to(CELL, todo)
+    assert units.one_training_first(alone, shared) == alone

@@ -266,6 +266,25 @@ def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
     assert [client.get_run(run.info.run_id).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
 
 
+def test_cells_of_former_sweeps_are_not_current_until_they_are_back(tree: Path) -> None:
+    def current() -> list[str]:
+        return [run.data.tags["current"] for run in runs(tree)]
+
+    record(CELL, last="evaluate")
+    assert mirror.sync()
+    edit("params.yaml", lambda text: text.replace("timesteps: [25, 100, 1000]", "timesteps: [25, 1000]"))
+    client, (run,) = MlflowClient(f"sqlite:///{tree / 'mlflow.db'}"), runs(tree)
+    client.set_tag(run.info.run_id, store.WORKSPACE, "somebody:/elsewhere")
+    assert mirror.sync()
+    assert current() == ["true"], "another workspace may have it in its sweep"
+    client.set_tag(run.info.run_id, store.WORKSPACE, store.here())
+    assert mirror.sync()
+    assert current() == ["false"]
+    edit("params.yaml", lambda text: text.replace("timesteps: [25, 1000]", "timesteps: [25, 100, 1000]"))
+    assert mirror.sync()
+    assert current() == ["true"]
+
+
 def test_a_longer_training_names_the_run_that_it_goes_on_from(tree: Path) -> None:
     publish(CELL)
     edit("params.yaml", lambda text: text.replace("images: 40000 #", "images: [40000, 20000] #"))

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cells import ROOT, write_clocks
+from cells import ROOT, edit, write_clocks
 
 from stages.errors import UserError
 from stages.pipeline import clocks, paths
@@ -65,6 +65,18 @@ def test_a_clock_is_that_of_what_the_stage_was_run_with() -> None:
     assert clocks.read("train", "mnist-cosine-0", entry)["seconds"] == 7
 
 
+def test_a_number_that_dvc_keeps_without_a_point_has_the_clock_of_the_same_with_one() -> None:
+    edit("params.yaml", lambda text: text.replace("guidance: 0.8 #", "guidance: 1 #"))
+    now = clocks.now("sample", str(CELL))
+    assert now["params"]["params.yaml"]["sample"]["guidance"] == 1.0
+    kept = json.loads(json.dumps(now).replace('"guidance": 1.0', '"guidance": 1'))
+    assert json.dumps(kept) != json.dumps(now)
+    clocks.write("sample", str(CELL), {"seconds": 3})
+    assert clocks.read("sample", str(CELL), kept) == {"seconds": 3}
+    more = json.loads(json.dumps(now).replace('"guidance": 1.0', '"guidance": 1.5'))
+    assert clocks.read("sample", str(CELL), more) == {}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -87,6 +99,8 @@ def test_a_damaged_timing_counts_as_not_recorded_and_is_told_once(text: str, cap
     assert row["fid"] == 2
     assert clocked() == ({}, [])
     assert clocks.expected("train@mnist-cosine-0", "seconds") is None
+    write(path, '{"seconds": 7, "peak_memory_mib": "much"}')
+    assert clocks.expected("train@mnist-cosine-0", "peak_memory_mib") is None
     assert "-" in results.table([row])
     told = capsys.readouterr().err
     assert told.count("\n") == 1
