@@ -1,6 +1,7 @@
 """One thread a process, for tests run side by side; a working tree with a store, for the tests of the mirror in MLflow."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,26 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def one_cell(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """What `tree` is a copy of."""
+    folder = tmp_path_factory.mktemp("one_cell")
+    for name in ("dvc.yaml", "params.yaml"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_files(CELL)
+        record(CELL, last="fetch")
+    return folder
+
+
 @pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_cell: Path) -> Path:
     """A working tree with the code and the parameters of the project, raw data that DVC knows, and the files of one cell."""
     for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "NAQSH_REPRO"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("dvc.yaml", "params.yaml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "stages").rglob("*.py"):
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    shutil.copytree(one_cell, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    make_files(CELL)
-    record(CELL, last="fetch")
     return tmp_path

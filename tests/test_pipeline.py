@@ -3,10 +3,13 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,19 +30,20 @@ NETWORK = str(Cell(*CELL.split("-")[:2], T=8, seed=0).training)
 TINY = PROFILE.replace("images: 2400", "images: 128")  # eight steps of training
 
 
-def repro(folder: Path, *options: str) -> str:
-    """What `dvc repro` says, with stages that are forks, as under `make repro`."""
-    return call(folder, "dvc", "repro", *options, **FORKED).stdout
-
-
-FORKED: dict[str, str] = {}  # what leads stages to the process that they are forks of
+FORKED: dict[str, str] = {}  # what leads DVC and stages to the process that they are forks of
+SERVER = """
+import os, sys
+import dvc.cli, dvc.commands.repro, dvc.repo.reproduce, dvc.stage.cache
+from stages.sweep import warm
+os._exit(warm.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _forks() -> Iterator[None]:
-    """One process for all of these tests, so that the libraries are imported once."""
+    """One process for all of these tests, so that the libraries of DVC and of stages are imported once."""
     told = f"import os, time; print(os.environ[{warm.ADDRESS!r}], flush=True); time.sleep(3600)"
-    command = [sys.executable, "-m", "stages.sweep.warm", sys.executable, "-c", told]
+    command = [sys.executable, "-c", SERVER, sys.executable, "-c", told]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout
@@ -48,6 +52,29 @@ def _forks() -> Iterator[None]:
         finally:
             FORKED.clear()
             server.terminate()
+
+
+def forked(folder: Path, module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module` in a folder as a fork, and what it starts too. Raises AssertionError at another exit code."""
+    told = {"module": module, "arguments": arguments, "cwd": str(folder), "environment": environment() | FORKED}
+    request = json.dumps(told).encode()
+    with socket.socket(socket.AF_UNIX) as asker, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        asker.connect(f"\0{FORKED[warm.ADDRESS]}")
+        with open(os.devnull) as nothing:
+            files = [nothing.fileno(), out.fileno(), err.fileno()]
+            socket.send_fds(asker, [len(request).to_bytes(4, "big")], files)
+        asker.sendall(request)
+        assert asker.recv(1) == warm.BEGUN
+        ended = asker.recv(1)[0]
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    done = subprocess.CompletedProcess(["python", "-m", module, *arguments], ended, *texts)
+    assert ended == code, f"{done.args} ended with {ended}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def repro(folder: Path, *options: str) -> str:
+    """What `dvc repro` says."""
+    return forked(folder, "dvc", "repro", *options).stdout
 
 
 def changed(folder: Path) -> set[str]:
@@ -126,7 +153,7 @@ def test_a_lock_that_was_cut_off_costs_no_training(tree: Path, share: float) -> 
     lock, results = tree / "dvc.lock", [tree / f"models/networks/{NETWORK}/ema.safetensors", tree / f"metrics/evaluate/{CELL}.json"]
     whole, before = lock.read_bytes(), [path.read_bytes() for path in results]
     lock.write_bytes(whole[: whole.index(b"hash: ", len(whole) // 2) + len("hash:")] if share else b"")  # in the middle of a line
-    assert "mended" in call(tree, sys.executable, "-m", "stages.sweep.plan", "plan").stderr
+    assert "mended" in forked(tree, "stages.sweep.plan", "plan").stderr
     said = repro(tree)
     assert f"Stage 'train@{NETWORK}' is cached - skipping run" in said
     assert "Running stage" not in said
@@ -215,11 +242,11 @@ def test_a_new_file_runs_only_what_uses_it(tree: Path) -> None:
             assert changed(tree) == {f"train@{network}", f"sample@{new}", f"evaluate@{new}", "compare"}
         with edited(tree, ("params.yaml", sampler, "sampler: euler")):
             assert changed(tree) == {f"sample@{CELL}"}
-            said = call(tree, sys.executable, "-m", "stages.sweep.plan", "plan").stdout
+            said = forked(tree, "stages.sweep.plan", "plan").stdout
             assert "To run: sample, evaluate, compare\n" in said
             assert "\n  sample: sample.fast.sampler is now euler (was sde_dpm_solver_pp_2m)\n" in said
         with edited(tree, ("params.yaml", sampler, "sampler: eulr")):
-            refused = call(tree, sys.executable, "-m", "stages.sweep.plan", "plan", code=1).stderr
+            refused = forked(tree, "stages.sweep.plan", "plan", code=1).stderr
             assert "sample.fast.sampler = 'eulr': input should be one of ddim, ddpm, dpm_solver_pp_2m, euler, heun" in refused
         files[2].write_text(METRIC)
         deps = "      - stages/fidelity/rounding.py\n      - stages/fidelity/sets.py\n"
@@ -303,7 +330,7 @@ def test_a_cell_whose_parameters_change_while_it_trains_is_not_recorded_and_goes
 @pytest.mark.parametrize("seeds", ['["0; touch PWNED"]', '["$(touch PWNED)"]', '["`touch PWNED`"]', '["0\\n touch PWNED"]'])
 def test_no_parameter_reaches_a_shell(tree: Path, seeds: str) -> None:
     with edited(tree, ("params.yaml", "seeds: [0]", f"seeds: {seeds}")):
-        said = call(tree, "dvc", "repro", code=255).stderr
+        said = forked(tree, "dvc", "repro", code=255).stderr
     assert not list(tree.rglob("PWNED*"))
     assert "sweep.seeds.0" in said
 
@@ -324,10 +351,10 @@ def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
     assert len(list(pictures.rglob("*.png"))) == 8
     for place, says in (("data", "contains"), ("data/raw/letters.fetched.zip", "is")):
         with edited(tree, sweep, ("params.yaml", "data:\n", f"data:\n{section.replace('PLACE', place)}\n")):
-            refused = call(tree, sys.executable, "-m", "stages.sweep.runner", code=1)
+            refused = forked(tree, "stages.sweep.engine", code=1)
             assert f"repro: data.letters.path = {place} {says} data/raw/letters.fetched.zip, which a stage writes" in refused.stderr
             assert "Running" not in refused.stdout
-            assert f"data.letters.path = {place} {says}" in call(tree, "dvc", "repro", "fetch@letters", code=255).stderr
+            assert f"data.letters.path = {place} {says}" in forked(tree, "dvc", "repro", "fetch@letters", code=255).stderr
         assert len(list(pictures.rglob("*.png"))) == 8
     call(tree, "git", "checkout", "-q", ".")
     for path in tree.glob("data/*/letters*"):
@@ -335,10 +362,10 @@ def test_a_persons_pictures_are_not_lost_wherever_they_lie(tree: Path) -> None:
 
 
 def test_a_failed_cell_shows_no_score_of_before(tree: Path) -> None:
-    before = call(tree, sys.executable, "-m", "stages.sweep.plan", "table").stdout
+    before = forked(tree, "stages.sweep.plan", "table").stdout
     assert before.count(CELL) == 1
     with edited(tree, ("params.yaml", "lr: 1.8e-2", "lr: 1.0e+6")):
-        failed = call(tree, sys.executable, "-m", "stages.sweep.runner", code=1)
+        failed = forked(tree, "stages.sweep.engine", code=1)
     assert f"train@{NETWORK} failed: train: the loss became" in failed.stdout
     assert f"  left out, for they need it: {CELL}, compare\n" in failed.stdout
     assert f"Without results of the present code, parameters and data: {CELL}" in failed.stdout
@@ -348,11 +375,11 @@ def test_a_failed_cell_shows_no_score_of_before(tree: Path) -> None:
 
 def test_one_cell_is_made_alone_and_its_score_and_picture_are_told(tree: Path) -> None:
     with edited(tree, ("params.yaml", "draws: 2", "draws: 3")):
-        said = call(tree, sys.executable, "-m", "stages.sweep.runner", "--cell", CELL).stdout.splitlines()
+        said = forked(tree, "stages.sweep.engine", "--cell", CELL).stdout.splitlines()
         assert said[0] == "To run: evaluate"
         assert any(re.fullmatch(rf"cell 1 of 1: {CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)  scored", line) for line in said)
-        assert re.fullmatch(rf"{CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)", said[-2])
-        assert said[-1] == f"Picture: samples/{CELL}/grid.png"
+        told = said.index(f"Picture: samples/{CELL}/grid.png")
+        assert re.fullmatch(rf"{CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)", said[told - 1])
         assert changed(tree) == {"compare"}
     repro(tree)
 

@@ -1,6 +1,7 @@
 """The prepare stage: tensors, what is said of them, and pictures; for every reader, on small data."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,29 +58,31 @@ def cdb(n: int) -> bytes:
     )
 
 
-@pytest.fixture(params=list(READERS))
-def reader(request, tmp_path, monkeypatch) -> str:
-    """Each reader in turn, with small raw data in place."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(glyphs, "FONT_PACKAGES", {"fontpkg-almarai": r"Almarai-Bold\.ttf"})
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    if request.param == "mnist":
-        rng = np.random.default_rng(0)
-        for split, n in (("train", 60), ("t10k", 12)):
-            (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (n, 28, 28))))
-            (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 9, n)))  # no nine
-        table = {file.name: mnist.Published(file.stat().st_size, digest(file)) for file in raw.iterdir()}
-        monkeypatch.setattr(mnist, "FILES", table)
+@pytest.fixture(scope="module", params=list(READERS))
+def reader(request, tmp_path_factory) -> Iterator[str]:
+    """Each reader in turn, with what was prepared of small raw data in the current folder; raw/ holds these, unpacked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp(request.param))
+        patch.setattr(glyphs, "FONT_PACKAGES", {"fontpkg-almarai": r"Almarai-Bold\.ttf"})
+        (raw := Path("raw").absolute()).mkdir()
+        if request.param == "mnist":
+            rng = np.random.default_rng(0)
+            for split, n in (("train", 60), ("t10k", 12)):
+                (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (n, 28, 28))))
+                (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 9, n)))  # no nine
+            patch.setattr(mnist, "FILES", {file.name: mnist.Published(file.stat().st_size, digest(file)) for file in raw.iterdir()})
+        else:
+            pictures(Path("archive"), "below/{label}.{i}.png")
+            pictures(Path("folder"), "{label}/{i}.png")
+            Path("hoda").mkdir()
+            Path("hoda/some.cdb").write_bytes(cdb(60))
+            readers.fetch(raw, SECTIONS[request.param].model_dump())
         files.write_archive(paths.raw(request.param), raw)
-        return request.param
-    pictures(tmp_path / "archive", "below/{label}.{i}.png")
-    pictures(tmp_path / "folder", "{label}/{i}.png")
-    (tmp_path / "hoda").mkdir()
-    (tmp_path / "hoda/some.cdb").write_bytes(cdb(60))
-    readers.fetch(raw, SECTIONS[request.param].model_dump())
-    files.write_archive(paths.raw(request.param), raw)
-    return request.param
+        stray = paths.prepared(request.param) / "stray"
+        stray.parent.mkdir(parents=True)
+        stray.touch()
+        prepare.main(request.param, SECTIONS[request.param])
+        yield request.param
 
 
 def digest(file) -> str:
@@ -90,11 +93,7 @@ def test_every_reader_is_tried_here():
     assert set(SECTIONS) == set(READERS)
 
 
-def test_prepared_tensors_and_what_is_said_of_them(reader, tmp_path):
-    stray = paths.prepared(reader) / "stray"
-    stray.parent.mkdir(parents=True)
-    stray.touch()
-    prepare.main(reader, SECTIONS[reader])
+def test_prepared_tensors_and_what_is_said_of_them(reader):
     folder = paths.prepared(reader)
     assert {file.name for file in folder.iterdir()} == {*(f"{name}.safetensors" for name in SPLITS), "dataset.json", "stray"}
     about = read_json(folder / "dataset.json")
@@ -104,9 +103,8 @@ def test_prepared_tensors_and_what_is_said_of_them(reader, tmp_path):
     }, "no date, host, path or route"
     assert about["reader"] == reader
     assert about["synthetic"] == (reader in ("glyphs", "mix"))
-    raw = tmp_path / "raw"
-    files = [file for file in raw.rglob("*") if file.is_file()]
-    assert about["source_sha256"] == {str(file.relative_to(raw)): digest(file) for file in files}
+    files = [file for file in Path("raw").rglob("*") if file.is_file()]
+    assert about["source_sha256"] == {str(file.relative_to("raw")): digest(file) for file in files}
     pixels: list[bytes] = []
     for split in SPLITS:
         tensors, described = load_tensors(folder / f"{split}.safetensors")
@@ -125,12 +123,14 @@ def test_prepared_tensors_and_what_is_said_of_them(reader, tmp_path):
 
 def test_preparing_again_gives_the_same_bytes(reader):
     def bytes_of_all() -> dict[str, bytes]:
-        prepare.main(reader, SECTIONS[reader])
         files = [*paths.prepared(reader).iterdir(), *paths.data_figures(reader).iterdir()]
         return {file.name: file.read_bytes() for file in files}
 
     first = bytes_of_all()
     assert set(first) >= {"samples.png", "noising.png"}
+    for file in (*paths.data_figures(reader).iterdir(), paths.prepared(reader) / "dataset.json"):
+        file.unlink()
+    prepare.main(reader, SECTIONS[reader])
     assert bytes_of_all() == first
 
 
@@ -174,7 +174,6 @@ def test_noising_goes_from_the_image_to_noise_in_true_range(tmp_path):
         assert 80 < last.std() < 105
 
 
-def test_nothing_of_the_machine_is_said(reader, tmp_path):
-    prepare.main(reader, SECTIONS[reader])
+def test_nothing_of_the_machine_is_said(reader):
     text = (paths.prepared(reader) / "dataset.json").read_text(encoding="utf-8")
-    assert str(tmp_path) not in text
+    assert str(Path.cwd()) not in text
