@@ -60,7 +60,7 @@ def forked(folder: Path, module: str, *arguments: str, code: int = 0) -> subproc
     request = json.dumps(told).encode()
     with socket.socket(socket.AF_UNIX) as asker, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         asker.connect(f"\0{FORKED[warm.ADDRESS]}")
-        with open(os.devnull) as nothing:
+        with Path(os.devnull).open() as nothing:
             files = [nothing.fileno(), out.fileno(), err.fileno()]
             socket.send_fds(asker, [len(request).to_bytes(4, "big")], files)
         asker.sendall(request)
