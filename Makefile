@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 5000
 ENTER = . "$(VENV)/bin/activate" &&
-PYTEST = pytest --numprocesses logical --dist loadfile
+PYTEST = pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true

@@ -43,3 +43,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_cell: Path) -> Pat
     shutil.copytree(one_cell, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest begins first, so that no other process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")

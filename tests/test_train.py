@@ -44,7 +44,7 @@ def sections(tmp_path, monkeypatch):
         params.Diffusion(prediction="v", weighting="balanced", reference_size=8, zero_terminal_snr=False),
         params.Network(**network, conditional=True),
         params.Train(**options),
-        params.Runtime(experiment="test", checkpoint_seconds=0.0),
+        params.Runtime(experiment="test", checkpoint_seconds=1e6),
         Mock(spec=Listener),
     )
 
@@ -68,7 +68,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed_at(sections, monkeypatch):
-    """Train until a step begins, and no further."""
+    """Train, with a checkpoint after every step, until a step begins, and no further."""
     step_of = train.batch_of_step
 
     def run(last, arguments=sections):
@@ -80,8 +80,9 @@ def killed_at(sections, monkeypatch):
 
         steps = []
         monkeypatch.setattr(train, "batch_of_step", batch_of_step)
+        *rest, runtime, listener = arguments
         try:
-            train.main(NETWORK, *arguments)
+            train.main(NETWORK, *rest, runtime.model_copy(update={"checkpoint_seconds": 0.0}), listener)
         except Killed:
             pass
         finally:
