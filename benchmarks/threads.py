@@ -1,7 +1,7 @@
 """Images a second of training on one thread and on two: alone, side by side, and beside a busy process, in turns in one run.
 
 The busy process keeps core 0; the training may use any. The worst share is the slowest run of one thread beside it, over the same
-alone. One JSON line.
+alone: its fair share of two cores is a whole one. One JSON line.
 Run: python benchmarks/threads.py [RUNS]
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, SIZE = 60, 28
+STEPS, SIZE = 30, 28
 
 
 def measure(threads: int) -> None:
@@ -55,9 +55,9 @@ def main(runs: int) -> None:
     for _ in range(runs):
         for threads in (1, 2):
             found.setdefault(f"{threads} threads, alone", []).append(trained(threads))
-            found.setdefault(f"{threads} threads, two side by side", []).append(trained(threads, beside=2))
             with busy():
                 found.setdefault(f"{threads} threads, beside a busy process", []).append(trained(threads))
+        found.setdefault("1 threads, two side by side", []).append(trained(1, beside=2))
     alone = statistics.median(found["1 threads, alone"])
     result = {name: {"median": round(statistics.median(rates)), "least": round(min(rates))} for name, rates in found.items()}
     worst = min(found["1 threads, beside a busy process"]) / alone
