@@ -13,7 +13,17 @@ from stages.pipeline.stage import Listener
 from stages.tracking import mlflow_forms, patience, store
 from stages.tracking.patience import Watch
 from stages.tracking.provenance import Tree, here
-from stages.tracking.runs import SECTIONS, claim, disclaim, end_the_dead, read_record, runs_by_cell, write_origins, write_run
+from stages.tracking.runs import (
+    SECTIONS,
+    are_files_here,
+    claim,
+    disclaim,
+    end_the_dead,
+    read_record,
+    runs_by_cell,
+    write_origins,
+    write_run,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,7 +97,7 @@ def fail(cells: Sequence[Cell], error: str, followed: Sequence[str] = ()) -> Non
 
 
 def sync(*, asked: bool = False) -> bool:
-    """Mirror every cell of the sweep whose files are those that dvc.lock records, healing what is missing; False on trouble.
+    """Mirror every cell of the sweep whose files are here, as dvc.lock records them, healing what is missing; False on trouble.
 
     `asked`: a person waits for it, so a store that was down a short time ago is tried again.
     """
@@ -95,7 +105,7 @@ def sync(*, asked: bool = False) -> bool:
     def work(client: "MlflowClient", experiment: str) -> str:
         tree, runs = Tree.read(), runs_by_cell(client, experiment)
         cells = list(tree.params.sweep.cells())
-        finished = [cell for cell in cells if tree.is_recorded(cell)]
+        finished = [cell for cell in cells if tree.is_recorded(cell) and are_files_here(cell)]
         records = [read_record(tree, cell) for cell in finished]
         claimed = [claim(client, experiment, tree, it.cell, it.machines, runs.get(str(it.cell), [])) for it in records]
         written = [write_run(client, record, run) for record, run in zip(records, claimed, strict=True)]

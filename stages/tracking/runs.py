@@ -68,14 +68,25 @@ def read_record(tree: Tree, cell: Cell, *, fresh: str = "") -> Record:
 
     `fresh`: a stage that ended just now, so that dvc.lock does not know it yet.
     """
-    drawn, previews = paths.samples(str(cell)), paths.weights(str(cell.training)) / "previews.zip"
-    files = [(drawn / name, "samples") for name in ("grid.png", "chain.png", "denoising.gif")]
-    files += [(path, "data") for path in sorted(paths.data_figures(cell.dataset).glob("*.png"))]
-    files += [(paths.prepared(cell.dataset) / "dataset.json", "data")]
+    *drawn, about = _needed(cell)
+    previews = paths.weights(str(cell.training)) / "previews.zip"
+    files = [(path, "samples") for path in drawn]
+    files += [(path, "data") for path in (*sorted(paths.data_figures(cell.dataset).glob("*.png")), about)]
     numbers = {name: value for name, value in results.row(cell).items() if name not in results.IDENTITY}
     clocks, clocks_by_step = results.clocks(tree, cell, fresh=fresh)
     raw, curve = tree.raw_digest(cell.dataset), results.loss_curve(cell)
     return Record(cell, results.machines(cell), raw, numbers, curve, clocks, clocks_by_step, files, previews)
+
+
+def are_files_here(cell: Cell) -> bool:
+    """Whether all files that a run shows of a cell are here. A fresh clone has the scores, which are in git, and nothing else."""
+    return all(path.exists() for path in _needed(cell))
+
+
+def _needed(cell: Cell) -> list[Path]:
+    """Pictures of the samples, and what is said of the dataset."""
+    drawn = [paths.samples(str(cell)) / name for name in ("grid.png", "chain.png", "denoising.gif")]
+    return [*drawn, paths.prepared(cell.dataset) / "dataset.json"]
 
 
 def runs_by_cell(client: "MlflowClient", experiment: str) -> dict[str, list["Run"]]:

@@ -266,6 +266,19 @@ def test_sync_ends_the_runs_of_processes_that_are_gone(tree: Path) -> None:
     assert [client.get_run(run.info.run_id).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
 
 
+def test_sync_leaves_out_cells_of_which_only_the_scores_are_here(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a fresh clone, where one cell is made."""
+    make_files(OTHER)
+    record(CELL, last="evaluate")
+    lock = Path("dvc.lock").read_text()
+    record(OTHER, last="evaluate")
+    Path("dvc.lock").write_text(Path("dvc.lock").read_text() + lock.partition("stages:\n")[2])
+    (paths.samples(str(OTHER)) / "grid.png").unlink()
+    assert mirror.sync()
+    assert "1 of 12 cells have results" in capsys.readouterr().out
+    assert [run.info.run_name for run in runs(tree)] == [str(CELL)]
+
+
 def test_cells_of_former_sweeps_are_not_current_until_they_are_back(tree: Path) -> None:
     def current() -> list[str]:
         return [run.data.tags["current"] for run in runs(tree)]
