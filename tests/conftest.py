@@ -46,5 +46,6 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_cell: Path) -> Pat
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest begins first, so that no other process waits for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The files that take longest begin first, so that no process waits for another at the end."""
+    longest = ("test_pipeline.py", "test_train.py", "test_store.py", "test_evaluate.py", "test_patience.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
