@@ -39,7 +39,7 @@ class Listener:
 
         Args:
             numbers: `step`, and the numbers of that step.
-            picture: a PNG that stays for as long as the stage works.
+            picture: a PNG named by a number. It may be gone when the stage is over.
             share: of the work that is done, in [0, 1].
             seconds_left: until its end.
         """

@@ -43,8 +43,8 @@ class Followed(Failing):
     def point(self, numbers: dict[str, float], picture: Path, share: float, seconds_left: float) -> None:
         """Put on record how things stand."""
         progress = f"{share:.0%}, {datetime.timedelta(seconds=round(seconds_left))} left"
-        with contextlib.suppress(queue.Full):
-            self._reports.put_nowait(_Report(numbers, picture, progress))
+        with contextlib.suppress(queue.Full, OSError):
+            self._reports.put_nowait(_Report(numbers, int(picture.stem), picture.read_bytes(), progress))
 
     def end(self, error: BaseException | None) -> None:
         """End the run; at most 5 s late."""
@@ -87,7 +87,7 @@ class Followed(Failing):
             while isinstance(report := self._reports.get(), _Report):
                 for run, steps in zip(runs, known, strict=True):
                     log_steps(client, run, [report.metrics], steps)
-                    log_previews(client, run.info.run_id, {int(report.preview.stem): report.preview.read_bytes()})
+                    log_previews(client, run.info.run_id, {report.number: report.preview})
                     client.set_tag(run.info.run_id, "progress", report.progress)
             for run in runs:
                 client.set_tag(run.info.run_id, "progress", "trained" if report == "FINISHED" else "stopped")
@@ -96,5 +96,6 @@ class Followed(Failing):
 
 class _Report(NamedTuple):
     metrics: dict[str, float]
-    preview: Path
+    number: int
+    preview: bytes  # the file may be gone when its turn comes: the training may be over
     progress: str
