@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 5000
 ENTER = . "$(VENV)/bin/activate" &&
-PYTEST = pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+# One process more than there are cores: some tests wait.
+PYTEST = pytest --numprocesses "$$(($$(getconf _NPROCESSORS_ONLN) + 1))" --dist loadfile --no-loadscope-reorder
 
 export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
