@@ -61,6 +61,7 @@ def test_writes_both_sets_a_grid_and_an_animation(options):
     # Cosine's log-SNR at t = 11, 8, 5, 2 of 12 is about -11, -1.8, 0 and 1.7: all but the first are guided.
     assert how["network_evaluations"] == 7
     assert measured["fast_images_per_sec"] > 0
+    assert measured["threads"] == processes.cores()
     folder = paths.samples(str(CELL))
     assert Image.open(folder / "grid.png").size == ((10 * 9 + 1) * 2, (3 * 9 + 1) * 2)
     assert Image.open(folder / "denoising.gif").n_frames == 12

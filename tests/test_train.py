@@ -471,3 +471,10 @@ def test_a_second_writer_waits(sections, killed_at, capfd):
         other.stdout.readline()
         assert killed_at(None) == list(range(3, 9))
         assert "waiting for it to end" in capfd.readouterr().err
+
+
+def test_a_curve_has_whole_numbers_to_the_last_digit(tmp_path):
+    train._write_curve(
+        tmp_path / "curve.csv", [{"step": 1234567, "images": 79012288, "lr": 0.0123456789, "train_loss": 0.5, "val_loss": 0.25}]
+    )
+    assert (tmp_path / "curve.csv").read_text().splitlines()[1] == "1234567,79012288,0.0123457,0.5,0.25"

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -101,11 +102,19 @@ OF_THE_MACHINE = (  # what is wrong with it, not with the code: full, read-only,
 
 @contextlib.contextmanager
 def in_one_line(who: str) -> Iterator[None]:
-    """End the program with one line and exit code 1 where a mistake of the user or trouble of the machine ends the block."""
+    """End the program with one line and exit code 1 where a mistake of the user or trouble of the machine ends the block.
+
+    Where who reads its output has enough, as `head` has, it ends silently, with the exit code that a shell gives for SIGPIPE.
+    """
     try:
         yield
+        if sys.stdout:
+            sys.stdout.flush()  # what waits to be written may find the pipe closed too
     except UserError as error:
         sys.exit(f"{who}: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the end
+        sys.exit(141)
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise

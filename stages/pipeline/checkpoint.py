@@ -87,8 +87,8 @@ def fingerprint(files: Iterable[Path], *values: Any) -> str:
 def machine() -> dict[str, str]:
     """What of this machine decides bits: type of the device, its model and which of its instructions torch uses, version of torch.
 
-    The instructions alone do not: MKL takes others on AMD's processors with AVX-512 than on Intel's, to other sums. How many cores
-    it has decides none: the number of threads is a parameter.
+    The instructions alone do not: of two processors with AVX-512, one AMD's and one Intel's, each gave bits of its own. How many
+    cores it has decides none: the number of threads is a parameter.
     """
     device_type, version = device().type, torch.__version__.partition("+")[0]
     on_cpu = f"{torch.backends.cpu.get_cpu_capability()} on {cpu_model()}"

@@ -62,11 +62,10 @@ def only(stages: Collection[str], every: list[Unit]) -> list[Unit]:
 
 def one_training_first(todo: list[Unit], loaded: params.Params) -> list[Unit]:
     """The same, where networks are shared with the trainings of a dataset and seed waiting for the first: they take its network."""
-    firsts, trainings = dict[str, str](), {unit.name for unit in todo}
+    first, waits, names = dict[tuple[str, int], str](), dict[str, tuple[str, ...]](), {unit.name for unit in todo}
     for cell in loaded.sweep.cells() if loaded.train.shared else ():
-        if (name := f"train@{cell.training}") in trainings:
-            firsts[name] = firsts.setdefault(f"{cell.dataset} {cell.seed}", name)
-    waits = {name: (first,) for name, first in firsts.items() if name != first and " " not in name}
+        if (name := f"train@{cell.training}") in names and name != first.setdefault((cell.dataset, cell.seed), name):
+            waits[name] = (first[cell.dataset, cell.seed],)
     return [unit._replace(needs=unit.needs + waits.get(unit.name, ())) for unit in todo]
 
 

@@ -11,9 +11,7 @@ from stages.pipeline.files import content_hash
 from stages.pipeline.params import Cell
 
 Machines = dict[str, list[dict[str, str]]]
-"""Of each stage in `MADE_ON`, `checkpoint.machine()` of the machines that took part."""
-
-MADE_ON = ("extractor", "reference", "train", "sample", "evaluate")  # stages whose bits the machine decides
+"""Of each stage whose bits they decide, `checkpoint.machine()` of the machines that took part: see `here`."""
 
 
 def here() -> Machines:
@@ -21,7 +19,7 @@ def here() -> Machines:
     from stages.pipeline import checkpoint  # it imports torch
 
     machine = checkpoint.machine()
-    return {stage: [machine] for stage in MADE_ON}
+    return {stage: [machine] for stage in ("extractor", "reference", "train", "sample", "evaluate")}
 
 
 @dataclass(frozen=True)

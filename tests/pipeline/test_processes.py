@@ -1,6 +1,9 @@
 """How many CPUs a process may use, by affinity, the quotas of its cgroups, and what `make repro` gave it; which model they are."""
 
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +93,12 @@ def test_the_record_of_a_machine_names_its_model(monkeypatch: pytest.MonkeyPatch
     one = checkpoint.machine()
     monkeypatch.setattr(checkpoint, "cpu_model", lambda: "GenuineIntel 6 143")
     assert one["device"] != "cpu" or one["processor"] != checkpoint.machine()["processor"]
+
+
+def test_numpy_and_scipy_compute_on_one_thread_whatever_the_machine_has() -> None:
+    """They look at the variable when they are imported."""
+    code = "import sys, stages, os; print('numpy' in sys.modules, os.environ['OPENBLAS_NUM_THREADS'])"
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "8"}
+    )
+    assert said.stdout.split() == ["False", "1"], said.stderr

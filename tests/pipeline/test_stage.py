@@ -134,6 +134,16 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at its end", "while it prints"])
+def test_a_program_ends_silently_when_nobody_reads_its_output(lines: int) -> None:
+    code = f"from stages.errors import in_one_line\nwith in_one_line('stage'):\n    for i in range({lines}): print(i)"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path, name: str) -> None:
