@@ -153,6 +153,12 @@ def whole_entries(content: bytes) -> dict[str, str]:
     return {name: entry for name, entry in rest.items() if _is_whole(entry)}
 
 
+def ends_in_a_part(content: bytes) -> bool:
+    """Whether the last entry of a dvc.lock was cut off where DVC still reads it: a file without its MD5, say."""
+    entries = list(lock_entries(content.decode(errors="surrogateescape").replace("\r\n", "\n")).values())
+    return bool(entries) and not _is_whole(entries[-1])
+
+
 def _is_whole(entry: str) -> bool:
     with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
         ((_, stage),) = params.parse_yaml(entry, LOCK).items()

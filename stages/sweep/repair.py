@@ -47,9 +47,11 @@ def _is_dvc(pid: int, since: float) -> bool:
 
 
 def needs_mending(asked: "subprocess.CompletedProcess[str]") -> bool:
-    """Whether dvc.lock is empty, or DVC said that it cannot read it."""
-    empty = LOCK.exists() and not LOCK.read_bytes().strip(b"\0 \n")
-    return empty or bool(asked.returncode and str(LOCK) in asked.stderr)
+    """Whether dvc.lock is empty, or DVC said that it cannot read it, or its last entry lacks what DVC itself does not miss."""
+    content = LOCK.read_bytes() if LOCK.exists() else None
+    if content is None or (asked.returncode and str(LOCK) in asked.stderr):
+        return content is not None
+    return not content.strip(b"\0 \n") or dvc_forms.ends_in_a_part(content)
 
 
 def mend_lock() -> "subprocess.CompletedProcess[str]":

@@ -161,6 +161,7 @@ CUTS: list[tuple[bytes, int]] = [  # and how many entries are whole
     (WHOLE[: LAST - 300], 1),  # in the middle of an entry
     (WHOLE[: WHOLE.rindex(b"hash: ") + 5], 2),  # in the middle of a line
     (WHOLE[:LAST] + b"  extractor@mnist:\n", 2),
+    (WHOLE[: WHOLE.rindex(b"      md5: ")], 2),  # DVC reads it
     (WHOLE[: LAST + 300] + b"\0" * 300, 2),
     (WHOLE[: LAST + 300] + b"\xff\xfe", 2),
     (WHOLE[: LAST - 200] + b"\0" * 100 + WHOLE[LAST - 100 :], 1),  # a block that never reached the disk
