@@ -2,7 +2,7 @@
 
 Reads samples/CELL, the final weights, the test split, the extractor and the reference; writes metrics/evaluate/CELL.json.
 A score is {value, error, floor}: the error is one standard error, the floor is the same score of real images; null where
-there is none.
+there is none, and `not_measured` says why.
 Run: python -m stages.evaluate CELL
 """
 
@@ -22,10 +22,10 @@ from stages.diffusion.process import Prediction, alpha_bar_of, logsnr, q_sample,
 from stages.diffusion.schedules import noise_levels
 from stages.drawing.network import load_network
 from stages.drawing.weights import load_tensors
-from stages.errors import UserError
 from stages.fidelity.class_tv import class_histogram
-from stages.fidelity.frechet import Gaussian
-from stages.fidelity.metrics import METRICS, Score
+from stages.fidelity.frechet import Gaussian, fit_gaussian, frechet_distance
+from stages.fidelity.manifold import K
+from stages.fidelity.metrics import METRICS, Metric, Score
 from stages.fidelity.sets import Fake, Real
 from stages.networks.classifier import CHUNK, Classifier, classify
 from stages.networks.unet import UNet
@@ -59,12 +59,14 @@ class Judge:
     """What the samples of a dataset are scored with.
 
     Attributes:
+        validation: fitted to the features of the validation split, for choices.
         floors: what metrics/reference/D.json holds.
         machines: that made classifier and reference.
     """
 
     classifier: Classifier
     real: Real
+    validation: Gaussian
     floors: Json
     machines: Json
 
@@ -74,9 +76,26 @@ class Judge:
         tensors, about = load_tensors(paths.reference(dataset))
         floors = read_json(paths.scores("reference", dataset))
         gaussian = Gaussian(tensors["mean"].numpy(), tensors["cov"].numpy(), about["images"])
+        validation = Gaussian(tensors["validation_mean"].numpy(), tensors["validation_cov"].numpy(), floors["validation_images"])
         shares = {name: floors[name]["value"] for name in floors.keys() & METRICS.keys() if floors[name]}
         real = Real(gaussian, tensors["features"], np.array(floors["class_frequencies"]), shares)
-        return cls(load_classifier(paths.extractor(dataset)), real, floors, about["machines"])
+        return cls(load_classifier(paths.extractor(dataset)), real, validation, floors, about["machines"])
+
+    def neighbours(self, n: int) -> int:
+        """How many of n samples, and of real images, precision and recall compare."""
+        return int(self.floors["sets"].get(str(n), {}).get("neighbours", min(n, self.real.gaussian.n)))
+
+    def why_not(self, metric: Metric, n: int, min_scored: int) -> str:
+        """Why a metric says nothing of n samples; empty where it does."""
+        if not metric.depends_on_n:
+            return ""
+        if n < min_scored:
+            return f"{n} samples are fewer than evaluate.min_scored = {min_scored}"
+        if metric.of_covariance and self.real.gaussian.n < min_scored:
+            return f"the test split has {self.real.gaussian.n} images, fewer than evaluate.min_scored = {min_scored}"
+        if metric.of_neighbours and self.neighbours(n) <= K:
+            return f"validation and test have too few images to draw {K + 1} at the frequencies of the classes"
+        return ""
 
     def floor(self, name: str, n: int) -> float | None:
         """What real images score: n of them, where the metric depends on how many; None where that was not measured."""
@@ -91,7 +110,8 @@ def score_set(judge: Judge, images: Tensor, labels: Tensor, min_scored: int) -> 
     """Scores of one set of samples.
 
     Metrics that depend on N are left out below `min_scored` images, where `scored` is false; their floor holds for one N only
-    and is null at another.
+    and is null at another. `not_measured` says of each score, or floor, that is missing why. `validation_fid` is FID against the
+    validation split: for choices, whatever the number of its images.
 
     Args:
         judge: of the dataset.
@@ -100,13 +120,21 @@ def score_set(judge: Judge, images: Tensor, labels: Tensor, min_scored: int) -> 
         min_scored: at least 4.
     """
     fake = Fake(*classify(judge.classifier, map(to_float, images.split(CHUNK))), labels)
-    scored = min_scored <= fake.n
-    scores: Json = {"images": fake.n, "scored": scored}
+    some = fake.part(0, judge.neighbours(fake.n))
+    scores: Json = {"images": fake.n, "scored": min_scored <= fake.n, "neighbours": some.n}
+    missing: dict[str, str] = {}
     for name, metric in METRICS.items():
-        if scored or not metric.depends_on_n:
-            found = metric.measure(judge.real, fake)
-            scores[name] = found and Score(*found, judge.floor(name, fake.n)).to_json()
-    return scores | {"class_histogram": class_histogram(fake.probabilities).tolist()}
+        if why := judge.why_not(metric, fake.n, min_scored):
+            missing[name] = why
+            continue
+        found = metric.measure(judge.real, some if metric.of_neighbours else fake)
+        scores[name] = found and Score(*found, judge.floor(name, fake.n)).to_json()
+        if found and metric.depends_on_n and scores[name]["floor"] is None:
+            missing[f"{name}_floor"] = f"the validation split has {judge.validation.n} images, too few for a set of {fake.n}"
+    if scores["scored"]:
+        choice = frechet_distance(judge.validation, fit_gaussian(fake.features))
+        scores["validation_fid"] = Score(choice).to_json()
+    return scores | {"not_measured": missing, "class_histogram": class_histogram(fake.probabilities).tolist()}
 
 
 def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
@@ -119,9 +147,6 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
     `eps_mse` is the mean over t uniform in 0..T-1: a property of the schedule, no measure of quality. `logsnr_grid`
     compares across schedules, at those of its levels that the network was trained at. `bits_per_dim` is the variational bound
     on the negative log-likelihood of the images, given their labels, and its three parts.
-
-    Raises:
-        UserError: evaluate.images exceeds the test split.
     """
     rng = torch.Generator().manual_seed(evaluate.seed)
     x0, y = pick_images(cell.dataset, evaluate.images, rng)
@@ -150,20 +175,14 @@ def measure_losses(cell: params.Cell, evaluate: params.Evaluate) -> Json:
         ],
         "network": "shared" if about["train"]["shared"] else "own",
         "train_images": about["images"],
+        "loss_images": len(x0),
     }
 
 
 def pick_images(dataset: str, wanted: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Test images, (N, 1, H, W) float32 in [-1, 1], and their labels, (N,) int64, for N = wanted.
-
-    Raises:
-        UserError: there are not so many.
-    """
+    """Test images, (N, 1, H, W) float32 in [-1, 1], and their labels, (N,) int64; N = wanted, or all if they are fewer."""
     test, _ = load_tensors(paths.prepared(dataset) / "test.safetensors")
-    n = len(test["labels"])
-    if wanted > n:
-        raise UserError(f"params.yaml: evaluate.images = {wanted} must be at most {n}, the test images of {dataset}")
-    picked = torch.randperm(n, generator=rng)[:wanted]
+    picked = torch.randperm(len(test["labels"]), generator=rng)[:wanted]
     return to_float(test["images"][picked]), test["labels"][picked]
 
 

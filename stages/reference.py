@@ -1,7 +1,8 @@
 """Measure real images against real ones: the statistics that samples are compared with, and the floor of every score.
 
-The floor at N is what N validation images score against the whole test split. Reads data/prepared/D and the extractor; writes
-models/reference/D.safetensors and metrics/reference/D.json.
+The floor at N is what N validation images score against the whole test split; precision and recall, which look at neighbours, take
+as many real images as there are. Reads data/prepared/D and the extractor; writes models/reference/D.safetensors and
+metrics/reference/D.json.
 Run: python -m stages.reference DATASET
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from stages.datasets.images import balanced_order, to_float
 from stages.drawing.weights import load_tensors
 from stages.fidelity.frechet import fit_gaussian
+from stages.fidelity.manifold import K
 from stages.fidelity.metrics import METRICS, Measured
 from stages.fidelity.sets import Fake, Real
 from stages.networks.classifier import CHUNK, classify
@@ -34,7 +36,9 @@ def main(dataset: str, sample__images: int, sample__ancestral_images: int, evalu
     embedded = embed(dataset, images, labels)
     split, others = embedded.part(0, len(test["labels"])), embedded.part(len(test["labels"]), embedded.n)
     real = real_of(split, sample__images)
-    saved = {"mean": torch.from_numpy(real.gaussian.mean), "cov": torch.from_numpy(real.gaussian.cov), "features": real.features}
+    saved = {"features": real.features}
+    for name, gaussian in (("", real.gaussian), ("validation_", fit_gaussian(others.features))):
+        saved |= {f"{name}mean": torch.from_numpy(gaussian.mean), f"{name}cov": torch.from_numpy(gaussian.cov)}
     _, extractor = load_tensors(paths.extractor(dataset))
     machines = {"extractor": [extractor["machine"]], "reference": [machine()]}
     save_tensors(paths.reference(dataset), saved, images=split.n, machines=machines)
@@ -42,7 +46,7 @@ def main(dataset: str, sample__images: int, sample__ancestral_images: int, evalu
     scores = {
         "test_images": split.n,
         "validation_images": others.n,
-        "sets": {str(N): floors_of_sets(real, draws_of(others, split.labels, N)) for N in sizes},
+        "sets": {str(N): floors_of_sets(real, split, others, N) for N in sizes},
         **floors_of_split(real, split),
         "class_frequencies": real.class_frequencies.tolist(),
     }
@@ -90,10 +94,30 @@ def in_turn(like: Tensor, N: int) -> Tensor:
     return y[((earlier + 0.5) / counts[y]).argsort(stable=True)[:N]]
 
 
-def floors_of_sets(real: Real, sets: list[Fake]) -> dict[str, Any]:
-    """Mean and sd over sets of real images, of each metric that depends on N; null where there is no set."""
-    measured = {name: [metric.measure(real, each) for each in sets] for name, metric in METRICS.items() if metric.depends_on_n}
-    return {"draws": len(sets)} | {name: _mean_and_sd(found) for name, found in measured.items()}
+def floors_of_sets(real: Real, split: Fake, others: Fake, N: int) -> dict[str, Any]:
+    """Mean and sd over sets of N validation images, of each metric that depends on N; null where there is no set.
+
+    Metrics of neighbours are measured on sets of `neighbours` images: N, or as many as both splits have.
+
+    Args:
+        split: the test split. others: the validation split.
+    """
+    n = most_drawn(others.labels, split.labels, min(N, split.n))
+    sets = {size: draws_of(others, split.labels, size) for size in {n, N}}
+    measured = {
+        name: [metric.measure(real, each) for each in sets[n if metric.of_neighbours else N]]
+        for name, metric in METRICS.items()
+        if metric.depends_on_n and (n > K or not metric.of_neighbours)
+    }
+    scores = {name: _mean_and_sd(found) for name, found in measured.items()}
+    return {"draws": len(sets[N]), "neighbours": n, **scores}
+
+
+def most_drawn(labels: Tensor, like: Tensor, N: int) -> int:
+    """The size of the largest set, of N images at most, that `draws_of` finds among images with labels, (n,) int64."""
+    turns, available = in_turn(like, N), labels.bincount(minlength=int(like.max()) + 1)
+    enough = torch.stack([(turns == y).cumsum(0) <= count for y, count in enumerate(available[: int(like.max()) + 1])]).all(0)
+    return N if enough.all() else int(enough.logical_not().nonzero()[0])
 
 
 def floors_of_split(real: Real, split: Fake) -> dict[str, Any]:

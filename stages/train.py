@@ -1,7 +1,8 @@
 """Train one network: it serves the cells of every T of its dataset, schedule and seed.
 
-Reads the train split, and the validation split for the validation loss. Writes the final average of the weights (what gets
-sampled), the raw ones, previews.zip with a grid before it and one for each report, and the loss curve.
+Reads the train split, the validation split for the validation loss, and the weights to begin with, if any. Writes the final
+average of the weights (what gets sampled), the raw ones, previews.zip with a grid before it and one for each report, and the loss
+curve.
 
     python -m stages.train mnist-cosine-0
 """
@@ -29,6 +30,7 @@ from stages.pipeline.files import sha256, whole_file, whole_files, whole_folder,
 from stages.pipeline.preview import preview
 from stages.pipeline.stage import Listener, peak_memory, progress, run
 from stages.tracking.live import Followed
+from stages.training.beginning import take
 from stages.training.draws import batch_of_step
 from stages.training.errors import validate
 from stages.training.recipe import Recipe
@@ -45,7 +47,7 @@ CODE = (
     "diffusion/schedules/__init__",
     "fidelity/rounding",
     *(f"networks/{n}" for n in ("balance", "ema", "muon", "unet")),
-    *(f"training/{n}" for n in ("draws", "errors", "recipe", "state", "step", "timetable")),
+    *(f"training/{n}" for n in ("beginning", "draws", "errors", "recipe", "state", "step", "timetable")),
 )
 STATE = "state.safetensors"  # all that an unfinished training needs to go on
 
@@ -72,9 +74,10 @@ def main(
     # Read the images and build the network. What is needed to build it again travels with the weights.
     split = _split(training.dataset, train.validation_images, checkpoint.device())
     state = begin(training, split, diffusion, network, train)
+    begun_with = _take(state, training, split.class_names)
     about = {"levels": levels_name(training, train), "logsnr": logsnr(state.alpha_bar[[-1, 0]]).tolist(), "seed": training.seed}
     about |= {"size": split.size, "num_classes": len(split.class_names), "class_names": split.class_names}
-    about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump()}
+    about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump(), **begun_with}
     names = _fingerprints(training, diffusion, network, train)
 
     # Train, from where an earlier process was stopped.
@@ -304,6 +307,17 @@ def begin(
     return State.begin(net, recipe, timetable, on_device, training.seed)
 
 
+def _take(state: State, training: params.Training, class_names: list[str]) -> dict[str, Any]:
+    """Begin with the weights of train.init, where it names some; what the file of the new weights says of them."""
+    weights, about = load_tensors(paths.INIT)
+    if not weights:
+        return {}
+    left = take(state.net, class_names, weights, about)
+    state.average.load_state_dict(state.net.state_dict())
+    print(f"{training}: begins with {about['init']}{', but for ' + ', '.join(left) if left else ''}", flush=True)
+    return {"init": about["init"], "init_sha256": about["sha256"]}
+
+
 def levels(training: params.Training, size: int, diffusion: params.Diffusion, train: params.Train) -> Alphas:
     """alpha_bar of the noise levels to train at, (T,) float64: T is large where they are as good as continuous."""
     how = diffusion.model_dump(include={"reference_size", "zero_terminal_snr"})
@@ -326,7 +340,7 @@ def _fingerprints(
     """
     code = CODE if train.shared else (*CODE, f"diffusion/schedules/{training.schedule}")
     folder = paths.prepared(training.dataset)
-    files = [folder / "train.safetensors", folder / "validation.safetensors"]
+    files = [folder / "train.safetensors", folder / "validation.safetensors", paths.INIT]
     files += [Path(__file__).parent / f"{name}.py" for name in code]
     values = [training.dataset, levels_name(training, train), training.seed, diffusion.model_dump(), network.model_dump()]
     values.append(train.model_dump(exclude={"images"}))
@@ -334,11 +348,12 @@ def _fingerprints(
 
 
 def _split(dataset: str, held_out: int, device: torch.device) -> Split:
-    """The train split, and so many images of the validation split: of every class its share, the same in every cell."""
+    """The train split, and so many images of the validation split, or all if they are fewer.
+
+    Of every class its share, the same in every cell.
+    """
     files = [paths.prepared(dataset) / f"{name}.safetensors" for name in ("train", "validation")]
     (train, about), (validation, _) = map(load_tensors, files)
-    if held_out > (n := len(validation["labels"])):
-        raise UserError(f"train.validation_images = {held_out} must be at most {n}, the images of {files[1]}")
     rows = balanced_order(validation["labels"], torch.Generator().manual_seed(0))[:held_out]
     picked = validation["images"][rows].to(device), validation["labels"][rows].to(device)
     return Split(train["images"].to(device), train["labels"].to(device), picked, about["class_names"])

@@ -36,7 +36,7 @@ def record(cell: Cell, *, last: str) -> None:
         for path in (paths.of_item(out, item) for out in paths.outs(stage)):
             made[path] = md5(Path(path)) or "0" * 32 + ".dir"
             entry["outs"].append({"path": path, "md5": made[path]})
-        entries[f"{name}@{item}"] = entry
+        entries[paths.stage_name(name, item)] = entry
         if name == last:
             break
     dump_yaml("dvc.lock", {"schema": "2.0", "stages": entries})

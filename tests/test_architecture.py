@@ -323,6 +323,7 @@ def promised(stage: str) -> set[str]:
 
     made = {
         "fetch": {str(paths.raw(name))},
+        "init": {str(paths.INIT)},
         "prepare": files(paths.prepared, *(f"{name}.safetensors" for name in ("train", "validation", "test")), "dataset.json")
         | files(paths.data_figures, "noising.png", "samples.png"),
         "extractor": {str(paths.extractor(name)), str(paths.scores(stage, name))},

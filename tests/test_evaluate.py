@@ -207,7 +207,10 @@ def test_a_floor_that_the_validation_split_cannot_give_is_null(tree: Path, tmp_p
     monkeypatch.chdir(tmp_path)
     reference.main("bars", 10 * N, 20, 20, 1)
     sets = read_json(paths.scores("reference", "bars"))["sets"]
-    assert sets[str(10 * N)] == {"draws": 0, "fid": None, "class_tv": None, "precision": None, "recall": None}
+    large = sets[str(10 * N)]
+    assert (large["draws"], large["fid"], large["class_tv"]) == (0, None, None)
+    assert large["neighbours"] == 120  # as many as the test split has
+    assert large["precision"]["value"] > 0.5 < large["recall"]["value"]
     assert sets["20"]["draws"] == reference.DRAWS  # the T-step set is scored here
     assert evaluate.Judge.load("bars").floor("fid", 10 * N) is None
     assert evaluate.Judge.load("bars").floor("fid", 20) == sets["20"]["fid"]["value"]
@@ -324,8 +327,81 @@ def test_grid_compares_across_schedules_and_eps_mse_does_not(tree: Path) -> None
     assert first["eps_mse"]["value"] != second["eps_mse"]["value"]
     assert first["eps_mse"]["error"] > 0
     assert first["bits_per_dim"]["value"] != second["bits_per_dim"]["value"]
-    with pytest.raises(UserError, match=r"evaluate.images = 121 must be at most 120, the test images of bars"):
-        evaluate.measure_losses(cells[0], EVALUATE.model_copy(update={"images": 121}))
+    assert first["loss_images"] == 96
+
+
+def test_losses_of_a_small_test_split_are_of_all_its_images(tree: Path) -> None:
+    cell = params.Cell("bars", "cosine", 50, 0)
+    save_network(cell)
+    found = [evaluate.measure_losses(cell, EVALUATE.model_copy(update={"images": images})) for images in (120, 10_000)]
+    assert found[0] == found[1]
+    assert found[0]["loss_images"] == 120
+
+
+def test_a_small_set_is_scored_as_far_as_it_goes_and_what_is_missing_has_a_reason(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 validation and 26 test images, of which N = 200 samples are many more."""
+    for made in ("data", "models"):
+        shutil.copytree(tree / made, tmp_path / made)
+    monkeypatch.chdir(tmp_path)
+    for split, n, seed in (("validation", 13, 6), ("test", 26, 1)):
+        save_tensors(paths.prepared("bars") / f"{split}.safetensors", bars(n, seed), class_names=["top", "middle", "bottom"])
+    reference.main("bars", *SIZES)
+    floors = read_json(paths.scores("reference", "bars"))
+    (sets,) = floors["sets"].values()
+    assert 3 < sets["neighbours"] <= 13
+    found = score(bars(N, seed=4))
+    assert found["neighbours"] == sets["neighbours"]
+    assert "fid" not in found
+    assert found["not_measured"] == {
+        "fid": "the test split has 26 images, fewer than evaluate.min_scored = 50",
+        "class_tv_floor": "the validation split has 13 images, too few for a set of 200",
+    }
+    n = found["neighbours"]
+    assert found["precision"]["value"] * n == pytest.approx(round(found["precision"]["value"] * n))  # a share of n
+    assert found["precision"]["floor"] == pytest.approx(sets["precision"]["value"])
+    assert found["accuracy"]["value"] > 0.9
+    assert (
+        found["validation_fid"]["value"]
+        < score({**bars(N, seed=4), "images": bars(N, seed=4)["images"] // 4})["validation_fid"]["value"]
+    )
+
+
+def test_with_too_few_images_for_neighbours_precision_has_no_value(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made in ("data", "models"):
+        shutil.copytree(tree / made, tmp_path / made)
+    monkeypatch.chdir(tmp_path)
+    for split in ("validation", "test"):
+        few = {name: tensor[:3] for name, tensor in bars(30, 6).items()}
+        save_tensors(paths.prepared("bars") / f"{split}.safetensors", few, class_names=["top", "middle", "bottom"])
+    reference.main("bars", *SIZES)
+    found = score(bars(N, seed=4))
+    assert not {"fid", "precision", "recall"} & found.keys()
+    assert "too few images to draw 4" in found["not_measured"]["precision"]
+
+
+def test_the_largest_set_that_can_be_drawn() -> None:
+    like = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    for counts in ([5, 3, 2], [9, 1, 9], [0, 5, 5], [100, 100, 100], [3, 3]):
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        images = Fake(torch.zeros(len(labels), 1), torch.zeros(len(labels), 3), labels)
+        n = reference.most_drawn(labels, like, 40)
+        assert n == max([k for k in range(1, 41) if reference.draws_of(images, like, k)], default=0)
+
+
+def test_the_choice_is_by_the_validation_split(tree: Path) -> None:
+    judge = evaluate.Judge.load("bars")
+    validation, _ = load_tensors(paths.prepared("bars") / "validation.safetensors")
+    test, _ = load_tensors(paths.prepared("bars") / "test.safetensors")
+    assert score(validation)["validation_fid"]["value"] == pytest.approx(0, abs=1e-5)
+    assert (
+        score(test)["fid"]["value"] == pytest.approx(0, abs=1e-5) != pytest.approx(score(test)["validation_fid"]["value"], abs=1e-3)
+    )
+    assert judge.validation.n == 450
+    assert "validation_fid" not in score(bars(20, seed=4))  # not scored
 
 
 def test_losses_are_measured_at_levels_that_the_network_knows(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +487,17 @@ def test_main_writes_whole_scores_to_the_same_bytes(tree: Path) -> None:
     assert written[0] == written[1]
     scores = json.loads(written[0])
     bits = {"bits_per_dim", "bits_of_prior", "bits_of_steps", "bits_of_decoder"}
-    assert scores.keys() == {"fast", "ancestral", "eps_mse", "logsnr_grid", "network", "train_images", "machines", *bits}
+    assert scores.keys() == {
+        "fast",
+        "ancestral",
+        "eps_mse",
+        "logsnr_grid",
+        "network",
+        "train_images",
+        "loss_images",
+        "machines",
+        *bits,
+    }
     assert scores["bits_per_dim"]["value"] == pytest.approx(sum(scores[name]["value"] for name in bits - {"bits_per_dim"}))
     floors = read_json(paths.scores("reference", "bars"))["sets"][str(N)]
     assert scores["fast"]["fid"]["floor"] == floors["fid"]["value"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages import train
+from stages import init, train
 from stages.diffusion import process, schedules
 from stages.drawing.network import load_network
 from stages.errors import UserError
@@ -34,10 +34,11 @@ def sections(tmp_path, monkeypatch):
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (48, 1, 8, 8), generator=rng, dtype=torch.uint8)
     save_splits(images, torch.arange(48) % 2, ["a", "b"])
+    init.main(None)
     network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
     options = {
-        "shared": False, "timesteps": None, "threads": 1, "images": 64, "longer": {}, "batch": 8, "optimizer": "muon", "lr": 1e-3,
-        "halve_lr_every": None, "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
+        "shared": False, "timesteps": None, "init": None, "threads": 1, "images": 64, "longer": {}, "batch": 8,
+        "optimizer": "muon", "lr": 1e-3, "halve_lr_every": None, "warmup_images": 16, "grad_clip": 1.0, "label_dropout": 0.1,
         "precision": "fp32", "ema_halflife": 0.05, "validation_images": 16, "curve_points": 4, "deterministic": False,
     }  # fmt: skip
     return (
@@ -164,10 +165,46 @@ def test_a_listener_hears_of_every_report(sections):
     assert [seconds_left > 0 for *_, seconds_left in points] == [True, True, True, False]
 
 
-def test_more_validation_images_than_there_are_are_refused(sections):
-    train.main(NETWORK, *changed(sections, validation_images=16))
-    with pytest.raises(UserError, match=r"train.validation_images = 17 must be at most 16, the images of .*validation.safetensors"):
-        train.main(NETWORK, *changed(sections, validation_images=17))
+def test_a_small_validation_split_is_taken_as_a_whole(sections):
+    curves = []
+    for n in (8, 16, 1000):
+        train.main(NETWORK, *changed(sections, validation_images=n))
+        curves.append(paths.loss_curve(str(NETWORK)).read_text())
+    assert curves[0] != curves[1] == curves[2]
+
+
+def test_a_training_begins_with_the_weights_of_another(sections, capsys):
+    """After one tiny step the network is still near where it began."""
+    other = params.Training("toy", "cosine", 4)
+    train.main(other, *sections)
+    first = learnt_weights(other)
+    short = changed(sections, images=[8], curve_points=1, lr=1e-9, init="toy-cosine-5-4")
+    init.main("toy-cosine-5-4")
+    train.main(NETWORK, *short)
+    again, about = checkpoint.load_tensors(paths.weights(str(NETWORK)) / "raw.safetensors")
+    assert "toy-cosine-3: begins with toy-cosine-5-4\n" in capsys.readouterr().out
+    assert about["init"] == "toy-cosine-5-4"
+    assert len(about["init_sha256"]) == 64
+    assert all(torch.allclose(again[name], first[name], atol=1e-5) for name in again)
+    assert all(torch.allclose(learnt_weights(NETWORK)[name], first[name], atol=1e-5) for name in again)
+    init.main(None)
+    train.main(NETWORK, *changed(short, init=None))
+    assert not all(torch.allclose(learnt_weights(NETWORK)[name], first[name], atol=1e-2) for name in again)
+    assert "init" not in checkpoint.load_tensors(paths.weights(str(NETWORK)) / "raw.safetensors")[1]
+
+
+def test_of_other_weights_to_begin_with_it_is_another_training(sections, killed_at, tmp_path):
+    """What stands in init.safetensors decides the bits, so a checkpoint of a training with other weights does not go on."""
+    train.main(NETWORK, *sections)
+    for seed in ("raw", "ema"):
+        shutil.copy(paths.weights(str(NETWORK)) / f"{seed}.safetensors", tmp_path / f"{seed}.safetensors")
+    arguments = changed(sections, init="raw.safetensors")
+    init.main(str(tmp_path / "raw.safetensors"))
+    assert killed_at(5, arguments) == [1, 2, 3, 4]
+    init.main(str(tmp_path / "ema.safetensors"))
+    assert killed_at(3, arguments) == [1, 2]
+    init.main(str(tmp_path / "raw.safetensors"))
+    assert killed_at(9, arguments) == [5, 6, 7, 8]
 
 
 def test_every_step_draws_its_own_noise_and_label_dropout_and_the_splits_are_kept_apart(sections, monkeypatch):

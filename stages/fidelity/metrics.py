@@ -41,15 +41,19 @@ class Metric(NamedTuple):
     """A pure function; None where the score has no meaning for the set."""
     depends_on_n: bool = True
     """Whether the value depends on N. Its floor then holds for one N only, and small sets are not scored."""
+    of_neighbours: bool = False
+    """Whether it compares as many samples with as many real images; a small split has fewer than N."""
+    of_covariance: bool = False
+    """Whether it needs many real images, for their covariance."""
     floor: float | None = None
     """What real images score by definition; None: `reference` measures it."""
 
 
 METRICS = {
-    "fid": Metric(fid),
+    "fid": Metric(fid, of_covariance=True),
     "class_tv": Metric(class_tv),
-    "precision": Metric(precision),
-    "recall": Metric(recall),
+    "precision": Metric(precision, of_neighbours=True),
+    "recall": Metric(recall, of_neighbours=True),
     "accuracy": Metric(accuracy, depends_on_n=False),
     "confident": Metric(confident, depends_on_n=False),
     "confident_ratio": Metric(confident_ratio, depends_on_n=False, floor=1.0),

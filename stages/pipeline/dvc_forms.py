@@ -194,7 +194,7 @@ def is_recorded(
     values = loaded.model_dump()
     for name, stage in itertools.takewhile(lambda item: item[0] != before, stages.items()):
         item = paths.item_of(stage, str(cell))
-        entry = recorded(lock, f"{name}@{item}")
+        entry = recorded(lock, paths.stage_name(name, item))
         locked = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
         if (entry.get("params") or {}).get("params.yaml") != params_of(stage, item, loaded):
             return False

@@ -42,7 +42,7 @@ def needs(stages: dict[str, dict[str, Any]], loaded: params.Params) -> dict[str,
     made, found, values = Makers(), dict[str, list[str]](), loaded.model_dump()
     for kind, stage in stages.items():
         for item in items(stage, values):
-            name = f"{kind}@{item}" if item else kind
+            name = paths.stage_name(kind, item)
             found[name] = made.of(paths.deps(stage, item, values))
             made.add(name, (paths.of_item(out, item) for out in paths.outs(stage)))
     return found

@@ -8,12 +8,21 @@ AXES = {1: ("dataset",), 3: ("dataset", "schedule", "seed"), 4: ("dataset", "sch
 """What the parts of a name are: of a dataset, of what all T of a schedule share, of a cell."""
 
 
+INIT = Path("models/init.safetensors")
+"""Weights that trainings begin with, or none."""
+
+
 def of_item(entry: str, item: str) -> str:
     """An entry of dvc.yaml for one dataset, training or cell, by its name: DATASET[-SCHEDULE[-T]-SEED]."""
     parts = item.split("-")
     for axis, part in zip(AXES[len(parts)], parts, strict=True):
         entry = entry.replace(f"${{item.{axis}}}", part)
     return entry.replace("${key}", item)
+
+
+def stage_name(kind: str, item: str) -> str:
+    """What DVC calls a stage: by its kind, and by its dataset, training or cell where it has one."""
+    return f"{kind}@{item}" if item else kind
 
 
 def item_of(stage: dict[str, Any], cell: str) -> str:

@@ -32,7 +32,8 @@ def lines(tree: Tree, cells: Sequence[Cell]) -> Iterator[str]:
 def _outputs(tree: Tree, lock: dict[str, str], cell: Cell) -> dict[str, str]:
     """MD5 of all that the stages of a cell wrote, by its path."""
     try:
-        entries = [dvc_forms.recorded(lock, f"{name}@{paths.item_of(stage, str(cell))}") for name, stage in tree.stages.items()]
+        names = [paths.stage_name(name, paths.item_of(stage, str(cell))) for name, stage in tree.stages.items()]
+        entries = [dvc_forms.recorded(lock, name) for name in names]
     except UserError:
         return {}
     return {out["path"]: out["md5"] for entry in entries for out in entry.get("outs", [])}

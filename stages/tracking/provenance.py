@@ -36,15 +36,15 @@ class Tree:
     @classmethod
     def read(cls) -> "Tree":
         """The tree in the current folder."""
-        stages = {name: stage for name, stage in dvc_forms.stages().items() if "matrix" in stage}
+        stages = {name: stage for name, stage in dvc_forms.stages().items() if name != "compare"}
         return cls(stages, dvc_forms.read_lock(), params.load())
 
     def key(self, cell: Cell, machines: Machines) -> str:
         """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
 
-        It covers the cell, the parameters and the code of every stage that leads to its scores, the digest of the raw data, and
-        what machines made it; never an output, nor line endings, nor a schedule or sampler that it does not use. Raises UserError
-        when DVC did not fetch the raw data.
+        It covers the cell, the parameters and the code of every stage that leads to its scores, the digests of the raw data and of
+        the weights to begin with, and what machines made it; never an output, nor line endings, nor a schedule or sampler that it
+        does not use. Raises UserError when DVC did not fetch the raw data.
 
         Args:
             machines: as the cell's scores tell them, or `here()` where it is not made yet.
@@ -56,7 +56,7 @@ class Tree:
         text = {path: Path(path).read_bytes().replace(b"\r\n", b"\n").decode() for path in code}
         flat = self._chain(cell)
         decisive = {name: value for name, value in flat.items() if not _decides_no_pixel(name)}
-        return content_hash([decisive, text, self.raw_digest(cell.dataset), machines])[:32]
+        return content_hash([decisive, text, self.raw_digest(cell.dataset), self._init_digest(), machines])[:32]
 
     def raw_digest(self, dataset: str) -> str:
         """MD5 that DVC gave the raw data of a dataset."""
@@ -64,6 +64,11 @@ class Tree:
             if out["path"] == str(paths.raw(dataset)):
                 return str(out["md5"])
         raise UserError(f"dvc.lock does not record {paths.raw(dataset)}; `dvc repro fetch@{dataset}` does")
+
+    def _init_digest(self) -> str | None:
+        """MD5 that DVC gave the weights that trainings begin with; None where they begin with random ones."""
+        outs = dvc_forms.recorded(self.lock, "init").get("outs", []) if self.params.train.init else []
+        return next((str(out["md5"]) for out in outs), None)
 
     def chain_params(self, cell: Cell) -> dict[str, Any]:
         """The parameters that lead to a cell's scores, by dotted name, as its dataset sees them, and what makes the cell.

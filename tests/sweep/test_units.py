@@ -24,10 +24,11 @@ def test_a_dataset_a_training_a_cell_and_the_comparison_are_units() -> None:
     assert stages[f"train@{NETWORK}"] == (f"train@{NETWORK}",)
     assert stages[CELL] == (f"sample@{CELL}", f"evaluate@{CELL}")
     assert stages["compare"] == ("compare",)
-    assert len(found) == 2 + 4 + 12 + 1
-    assert found[f"train@{NETWORK}"].needs == ("data@mnist",)
+    assert stages["init"] == ("init",)
+    assert len(found) == 2 + 1 + 4 + 12 + 1
+    assert found[f"train@{NETWORK}"].needs == ("data@mnist", "init")
     assert set(found[CELL].needs) == {"data@mnist", f"train@{NETWORK}"}
-    assert set(found["compare"].needs) == found.keys() - {"compare"}
+    assert set(found["compare"].needs) == found.keys() - {"compare", "init"}
     assert {name for name, unit in found.items() if unit.is_cell()} == {str(cell) for cell in params.load().sweep.cells()}
 
 
@@ -44,8 +45,18 @@ def test_the_first_cell_comes_first_however_dvc_yaml_is_ordered(turned: bool) ->
     if turned:
         head, *sections = Path("dvc.yaml").read_text().replace("stages:\n", "stages:\n\n").split("\n\n")
         Path("dvc.yaml").write_text("\n\n".join([head, *reversed([section.rstrip() for section in sections])]) + "\n")
-    assert list(dvc_forms.stages()) == ["fetch", "prepare", "extractor", "reference", "train", "sample", "evaluate", "compare"]
-    assert list(every())[:3] == ["data@mnist", "train@mnist-linear-0", "mnist-linear-25-0"]
+    assert list(dvc_forms.stages()) == [
+        "fetch",
+        "prepare",
+        "extractor",
+        "reference",
+        "init",
+        "train",
+        "sample",
+        "evaluate",
+        "compare",
+    ]
+    assert list(every())[:4] == ["data@mnist", "init", "train@mnist-linear-0", "mnist-linear-25-0"]
     assert list(every())[-1] == "compare"
 
 
@@ -56,7 +67,12 @@ def test_only_what_is_affected_is_kept() -> None:
 
 
 def test_one_cell_has_its_dataset_and_its_training() -> None:
-    assert [unit.name for unit in units.leading_to(CELL, list(every().values()))] == ["data@mnist", f"train@{NETWORK}", CELL]
+    assert [unit.name for unit in units.leading_to(CELL, list(every().values()))] == [
+        "data@mnist",
+        "init",
+        f"train@{NETWORK}",
+        CELL,
+    ]
 
 
 def test_the_end_is_told_by_what_each_takes_and_how_many_run() -> None:
@@ -75,9 +91,9 @@ def test_where_networks_are_shared_one_training_goes_before_the_others_of_its_da
     assert units.one_training_first(todo, loaded) == todo
     shared = loaded.model_copy(update={"train": loaded.train.model_copy(update={"shared": True})})
     needs = {unit.name: unit.needs for unit in units.one_training_first(todo, shared)}
-    assert needs["train@mnist-linear-0"] == ("data@mnist",)
-    assert needs[f"train@{NETWORK}"] == ("data@mnist", "train@mnist-linear-0")
-    assert needs["train@persian_glyphs-cosine-0"] == ("data@persian_glyphs", "train@persian_glyphs-linear-0")
+    assert needs["train@mnist-linear-0"] == ("data@mnist", "init")
+    assert needs[f"train@{NETWORK}"] == ("data@mnist", "init", "train@mnist-linear-0")
+    assert needs["train@persian_glyphs-cosine-0"] == ("data@persian_glyphs", "init", "train@persian_glyphs-linear-0")
     assert needs[CELL] == every()[CELL].needs
     alone = units.leading_to(CELL, todo)
     assert units.one_training_first(alone, shared) == alone

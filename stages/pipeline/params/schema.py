@@ -273,11 +273,12 @@ class Network(Section):
 class Train(Section):
     """Optimisation; lengths are counted in images. `images` is a list of phases, each a learning-rate schedule of its own.
 
-    `longer` names datasets that train so many times as long.
+    `longer` names datasets that train so many times as long; `init` a cell, a network or a file of weights to begin with.
     """
 
     shared: bool
     timesteps: Annotated[int, Field(ge=2, le=100_000)] | None
+    init: Text | None
     threads: Annotated[int, Field(ge=1, le=1024)]
     images: Phases
     longer: dict[DatasetName, Count]
