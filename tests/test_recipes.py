@@ -74,7 +74,7 @@ def a_metric(tree: Path) -> None:
 @pytest.mark.parametrize("added", [a_schedule, a_sampler, a_spacing, a_metric])
 def test_a_recipe_of_the_readme_breaks_no_test(added: Callable[[Path], None], tmp_path: Path) -> None:
     copy_tree(tmp_path, "{}")
-    shutil.copytree(ROOT / "metrics", tmp_path / "metrics")  # the README shows a picture of it
+    shutil.copytree(ROOT / "metrics", tmp_path / "metrics")  # the README links to its report
     added(tmp_path)
     command = [sys.executable, "-m", "pytest", "-x", *(f"tests/{name}" for name in SUITES)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
