@@ -20,7 +20,9 @@ def refuse_too_few(class_names: list[str], counts: list[int]) -> None:
     """
     if len(class_names) == 1:
         if counts[0] < LEAST_WITHOUT:
-            raise UserError(f"{_images(counts[0])} without classes are too few; the least that works is {LEAST_WITHOUT}: add images")
+            raise UserError(
+                f"{_images(counts[0])} without classes are too few; the least that works is {LEAST_WITHOUT}: add images"
+            )
         return
     few = sorted((count, place) for place, count in enumerate(counts) if count < LEAST_OF_CLASS)
     if few:
