@@ -3,6 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 5000
 ENTER = . "$(VENV)/bin/activate" &&
+# `make data PATH=...` names a path of images, not where programs are: that stays as it was. make expands a variable that is
+# being expanded, on its way into the environment of $(shell), to what the environment has.
+ifeq ($(origin PATH),command line)
+export IMAGES := $(value PATH)
+override PATH = $(shell printf '%s' "$$PATH")
+override PATH := $(PATH)
+endif
 # One process more than there are cores: some tests wait.
 PYTEST = pytest --numprocesses "$$(($$(getconf _NPROCESSORS_ONLN) + 1))" --dist loadfile --no-loadscope-reorder
 
@@ -10,7 +17,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help repro test test-all lint ui sync experiments profile cards bench prune lock
+.PHONY: help repro data test test-all lint ui sync experiments profile cards bench prune lock
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -19,6 +26,9 @@ help: ## this list
 
 repro: $(VENV)/.installed ## make every result that is missing or out of date; JOBS=n: n at a time, CELL=name: that cell alone
 	@$(ENTER) exec python -m stages.sweep.runner $(if $(JOBS),--jobs "$(JOBS)") $(if $(CELL),--cell "$(CELL)")
+
+data: $(VENV)/.installed ## look at images of your own and add them: make data NAME=my_letters PATH=/a/folder/or.zip
+	@$(ENTER) python -m stages.pipeline.own_data -- "$(NAME)" "$$IMAGES"
 
 test: $(VENV)/.installed-dev ## the quick tests, on all cores
 	@$(ENTER) $(PYTEST)

@@ -73,6 +73,15 @@ class Shape(NamedTuple):
     """True: a square with the picture in its middle, in its proportions, filled up with its paper; False: stretched."""
 
 
+class Look(NamedTuple):
+    """What a picture is before it is brought to a shape."""
+
+    width: int
+    height: int
+    paper: int
+    """The median of the pixels at its border, in 0..255."""
+
+
 class Read(NamedTuple):
     """The images of an archive that could be read."""
 
@@ -108,6 +117,14 @@ def decode(content: bytes, *, size: int, invert: bool, pad: bool) -> Pixels:
         top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
         pixels[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return 255 - pixels if invert else pixels
+
+
+def look(content: bytes) -> Look:
+    """How a PNG, JPEG or TIFF file looks. Raises Unreadable as `decode` does."""
+    if content.startswith(_PNG):
+        _check_png(content)
+    grey = _grey(content)
+    return Look(grey.width, grey.height, _paper(np.asarray(grey)))
 
 
 def read_all(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stages.datasets import archive, folder, glyphs, hoda, mnist
+from stages.datasets import archive, auto, folder, glyphs, hoda, mnist
 from stages.datasets.splits import Dataset, Split, dataset
 from stages.errors import UserError
 
@@ -99,5 +99,6 @@ READERS: dict[str, Reader] = {
     "hoda": Reader(hoda.fetch, hoda.read, hoda.LICENCE),
     "archive": Reader(archive.fetch, archive.read),
     "folder": Reader(folder.fetch, folder.read),
+    "auto": Reader(auto.fetch, auto.read),
     "mix": Reader(_fetch_mix, _read_mix),
 }

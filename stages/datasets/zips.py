@@ -19,6 +19,7 @@ from tqdm import tqdm
 from stages.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # of images, in lower case
+LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # beside what is hidden, such as .DS_Store
 LARGEST = 64 * 2**20  # bytes of an image file; a larger one is refused
 RATIO = 250  # times as large as the archive may its images be, all together: no picture of ink on paper is packed as tightly
 
@@ -49,8 +50,8 @@ class Members(NamedTuple):
 def pack(source: Path, target: Path, name: str) -> None:
     """Pack the images below a folder into an archive: the same images under the same names give the same bytes.
 
-    Hidden files and folders, __MACOSX and files of any other kind are left out. A folder without an image is an entry too, so
-    that whoever reads the archive sees it.
+    Hidden files and folders, what systems leave and files of any other kind are left out. A folder without an image is an entry
+    too, so that whoever reads the archive sees it.
 
     Args:
         name: what errors call the folder.
@@ -100,8 +101,8 @@ def opened(path: Path, name: str | None = None) -> Iterator[zipfile.ZipFile]:
 def members(archive: zipfile.ZipFile, name: str) -> Members:
     """The images in an archive, sorted by name; `name` is what errors call the archive.
 
-    Hidden files, __MACOSX and files of any other kind are left out. Names without the flag for UTF-8 count as UTF-8 all the same
-    if they are (macOS writes such), and backslashes as slashes (old Windows tools do).
+    Hidden files, what systems leave and files of any other kind are left out. Names without the flag for UTF-8 count as UTF-8 all
+    the same if they are (macOS writes such), and backslashes as slashes (old Windows tools do).
 
     Raises:
         UserError: a member's name leads outside of the archive, or two have one; a symbolic link; an image that is encrypted,
@@ -120,7 +121,7 @@ def members(archive: zipfile.ZipFile, name: str) -> Members:
         if member in seen:
             raise UserError(f"{name} has two members of the name {member!r}; each may appear once")
         seen.add(member)
-        if not _is_image(member):
+        if not is_image(member):
             continue
         if reason := _refusal(info, end):
             raise UserError(f"{name}: {member!r} {reason}")
@@ -190,12 +191,14 @@ def _refusal(info: zipfile.ZipInfo, end: int) -> str | None:
     return None
 
 
-def _is_image(member: str) -> bool:
-    return member.lower().endswith(SUFFIXES) and not any(map(_is_hidden, member.split("/")))
+def is_image(member: str) -> bool:
+    """Whether a path is that of an image that is read."""
+    return member.lower().endswith(SUFFIXES) and not any(map(is_hidden, member.split("/")))
 
 
-def _is_hidden(part: str) -> bool:
-    return part.startswith(".") or part == "__MACOSX"
+def is_hidden(part: str) -> bool:
+    """Whether a file or folder of this name is none of a person's own: hidden, or left by a system (macOS, Windows, Synology)."""
+    return part.startswith(".") or part in LEFT_BY_SYSTEMS
 
 
 def _why_no_zip(path: Path, error: Exception) -> str:
@@ -237,7 +240,7 @@ def _collect(source: Path, name: str) -> dict[str, Path]:
 
 def _items(folder: Path, label: str) -> list["os.DirEntry[str]"]:
     try:
-        return [item for item in os.scandir(folder) if not _is_hidden(item.name)]
+        return [item for item in os.scandir(folder) if not is_hidden(item.name)]
     except NotADirectoryError:
         raise UserError(f"{label} is no folder") from None
     except FileNotFoundError:

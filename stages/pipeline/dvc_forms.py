@@ -209,7 +209,7 @@ def is_recorded(
 
 def params_of(stage: Stage, item: str, loaded: params.Params) -> dict[str, Any]:
     """The values of a stage's entries under `params`, by dotted name, as DVC records them for one of its items."""
-    values = loaded.model_dump()
+    values = loaded.model_dump(exclude_unset=True)  # as the file has it: what it leaves out DVC does not see
     return {name: _at(values, name) for name in (paths.of_item(entry, item) for entry in stage["params"])}
 
 

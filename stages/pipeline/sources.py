@@ -1,6 +1,7 @@
 """The files on a person's disk that datasets are made from: where they are, what was fetched of them, what changed since."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 from stages.errors import UserError, sound
 from stages.pipeline import params
-from stages.pipeline.dvc_forms import outputs, workspace
+from stages.pipeline.dvc_forms import outputs, read_lock, recorded, workspace
 from stages.pipeline.files import content_hash, md5, read_json, write_json
 
 Seen = dict[str, list[Any]]
@@ -54,6 +55,31 @@ def refuse_outputs(dataset: str, data: params.DataSection) -> None:
                     f"{key}.path = {section.path} {how} {out}, which a stage writes and DVC deletes; "
                     "keep your files in a folder of their own, outside of data/, models/, samples/ and metrics/"
                 )
+
+
+def refuse_missing(dataset: str, data: params.DataSection) -> None:
+    """Refuse a source that is not there, before anything runs, unless it was fetched from here, or elsewhere by dvc.lock.
+
+    Raises:
+        UserError: naming the key and the path.
+    """
+    entry = recorded(read_lock(), f"fetch@{dataset}").get("params") or {}
+    was, now = entry.get(str(params.PARAMS), {}).get(f"data.{dataset}", {}), data.model_dump(exclude_unset=True)
+    if _decisive(was) == _decisive(now):
+        return
+    before = _recall(dataset).get("seen", {})
+    for key, section in params.parts(f"data.{dataset}", data):
+        path = resolved(section.model_dump()).get("path")
+        if path and path not in before and not _is_there(path):
+            raise UserError(f"{key}.path = {section.path}: there is no such file or folder")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        Path(path).stat()
+    except (OSError, ValueError) as error:  # a name may be too long, or hold a zero
+        return getattr(error, "errno", None) == errno.EACCES  # which is another mistake, told when it is fetched
+    return True
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ def plan(jobs: int, cell: str | None = None) -> list[Unit]:
         every = units.leading_to(str(params.find_cell(loaded, cell)), every)
     for dataset in loaded.sweep.datasets:
         sources.refuse_outputs(dataset, loaded.data[dataset])
+    for unit in every:
+        if (dataset := unit.name.removeprefix("data@")) in loaded.data:
+            sources.refuse_missing(dataset, loaded.data[dataset])
     repair.mend_rwlock()
     for line in sources.changed(loaded):
         print(line)

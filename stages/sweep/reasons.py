@@ -29,7 +29,7 @@ def lines(status: dict[str, list[Any]], tree: Tree, order: Iterable[str]) -> Ite
         status: what `dvc status --json` says.
         order: the stages, with their dataset or cell, in the order of the lines.
     """
-    values = tree.params.model_dump()
+    values = tree.params.model_dump(exclude_unset=True)  # as DVC sees them
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
     for name in order:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import dump_yaml
 
 from stages.datasets import readers
 from stages.errors import UserError
@@ -130,6 +131,33 @@ def test_a_source_in_the_part_of_a_mix_or_behind_a_link_of_the_outputs_is_refuse
 @pytest.mark.parametrize("path", ["data/raw/letters", "data/raw/letters.zip", "pictures", "data/hoda", "../outside", "~/letters"])
 def test_a_source_beside_the_outputs_is_fine(path):
     sources.refuse_outputs("mine", folder(path))
+
+
+def test_a_source_that_is_not_there_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "there").mkdir()
+    sources.refuse_missing("mine", folder("there"))
+    for path in ("nowhere", "x" * 5000, "there/no\0"):
+        with pytest.raises(UserError, match=rf"^data\.mine\.path = {path}: there is no such file or folder$"):
+            sources.refuse_missing("mine", folder(path))
+    mix = params.MixData(reader="mix", of={"a": folder("there"), "b": folder("nowhere")})
+    with pytest.raises(UserError, match=r"^data\.mine\.of\.b\.path = nowhere: "):
+        sources.refuse_missing("mine", mix)
+
+
+def test_a_source_that_is_gone_but_was_fetched_from_here_or_elsewhere_is_not_refused(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/1.png").touch()
+    mine = params.AutoData(reader="auto", path="disk")
+    sources.Source.of("mine", sources.resolved(mine.model_dump())).remember(Path("nothing"))
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    sources.refuse_missing("mine", mine)
+    with pytest.raises(UserError, match=r"no such file or folder$"):
+        sources.refuse_missing("other", mine)
+    elsewhere = {"other": {"cmd": "x", "params": {"params.yaml": {"data.other": {"reader": "auto", "path": "disk", "size": 32}}}}}
+    dump_yaml("dvc.lock", {"schema": "2.0", "stages": {"fetch@other": elsewhere["other"]}})
+    sources.refuse_missing("other", mine)
+    with pytest.raises(UserError, match=r"data\.other\.path = else: there is no such file or folder$"):
+        sources.refuse_missing("other", params.AutoData(reader="auto", path="else"))
 
 
 def test_options_that_decide_the_raw_files_are_known():

@@ -91,6 +91,17 @@ def test_the_plan_tells_when_the_first_cell_is_done_and_when_all(
         plan.plan(1, "mnist-x-1-0")
 
 
+def test_a_path_that_does_not_exist_is_told_before_dvc_is_asked(bare_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (bare_tree / "params.yaml").read_text()
+    text = text.replace("\ndata:\n", "\ndata:\n  mine: {reader: auto, path: nowhere}\n").replace("[mnist, ", "[mine, mnist, ")
+    (bare_tree / "params.yaml").write_text(text)
+    monkeypatch.setattr(dvc_forms, "status", lambda: pytest.fail("asked"))
+    with pytest.raises(UserError, match=r"^data\.mine\.path = nowhere: there is no such file or folder$"):
+        plan.plan(1)
+    answer(monkeypatch, "{}")
+    assert plan.plan(1, CELL) == [], "the other datasets can be made"
+
+
 def test_a_time_is_told_as_a_person_does() -> None:
     assert [plan.span(seconds) for seconds in (0, 44, 89, 91, 5300, 6000)] == [
         "about 10 s", "about 40 s", "about 90 s", "about 2 min", "about 88 min", "about 1.7 h",

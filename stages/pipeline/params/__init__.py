@@ -3,6 +3,7 @@
 from stages.pipeline.params.schema import (
     AncestralSampler,
     ArchiveData,
+    AutoData,
     Cell,
     DataSection,
     Diffusion,
@@ -27,12 +28,13 @@ from stages.pipeline.params.schema import (
     find_training,
     parts,
 )
-from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml
+from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml, with_dataset
 
 __all__ = [
     "PARAMS",
     "AncestralSampler",
     "ArchiveData",
+    "AutoData",
     "Cell",
     "DataSection",
     "Diffusion",
@@ -60,4 +62,5 @@ __all__ = [
     "parse_yaml",
     "parts",
     "read_yaml",
+    "with_dataset",
 ]

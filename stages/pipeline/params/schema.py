@@ -1,4 +1,8 @@
-"""What params.yaml may hold: every value frozen, typed and checked, no default in Python."""
+"""What params.yaml may hold: every value frozen, typed and checked. No default in Python, but for sections of data.
+
+There a key has a default where a reader can do without it, so that `{reader: auto, path: letters}` is a whole section. What is left
+out is no part of what DVC records and of run keys (model_dump(exclude_unset=True)); readers get all.
+"""
 
 import itertools
 import re
@@ -35,6 +39,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+PictureSize = Annotated[int, Field(ge=8, le=512)]  # pixels a side
 
 
 def _as_phases(value: Any) -> Any:
@@ -127,8 +132,8 @@ class MnistData(Section):
     """The four IDX files of MNIST."""
 
     reader: Literal["mnist"]
-    size: Literal[28]
-    path: str | None
+    size: Literal[28] = 28
+    path: str | None = None  # it is downloaded
 
 
 class GlyphsData(Section):
@@ -145,9 +150,9 @@ class GlyphsData(Section):
 class _Divided(Section):
     """What is common to readers that divide images by a hash."""
 
-    validation_share: Annotated[float, Field(gt=0, lt=1)]
-    test_share: Annotated[float, Field(gt=0, lt=1)]
-    seed: Seed
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _some_are_left_to_train_on(self) -> "_Divided":
@@ -161,22 +166,22 @@ class _Divided(Section):
 class _Pictures(_Divided):
     """What is common to readers of image files."""
 
-    licence: Text
-    size: Annotated[int, Field(ge=8, le=512)]
-    invert: bool
-    pad: bool
-    group: Annotated[str, AfterValidator(_with_one_group)] | None
-    strict: bool
+    licence: Text = "unknown"
+    invert: bool = False
+    pad: bool = False
+    group: Annotated[str, AfterValidator(_with_one_group)] | None = None
+    strict: bool = False
 
 
 class ArchiveData(_Pictures):
     """Image files named LABEL.anything.png, in a zip or a folder; from a path, a URL or a Google Drive id."""
 
     reader: Literal["archive"]
-    path: Text | None
-    url: Annotated[str, StringConstraints(pattern="^https?://")] | None
-    drive: Text | None
-    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] | None
+    size: PictureSize
+    path: Text | None = None
+    url: Annotated[str, StringConstraints(pattern="^https?://")] | None = None
+    drive: Text | None = None
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] | None = None  # whatever it is
 
     @model_validator(mode="after")
     def _one_way(self) -> "ArchiveData":
@@ -190,13 +195,23 @@ class FolderData(_Pictures):
 
     reader: Literal["folder"]
     path: Text
+    size: PictureSize
+
+
+class AutoData(_Pictures):
+    """A folder or a zip of images: a sub-folder for each class, files named LABEL.anything.png, or flat and without labels."""
+
+    reader: Literal["auto"]
+    path: Text
+    size: PictureSize | None = None  # chosen by the pictures
+    pad: bool = True
 
 
 class HodaData(_Divided):
     """The .cdb files of the Hoda digits."""
 
     reader: Literal["hoda"]
-    path: Text | None
+    path: Text | None = None  # where the section is not swept
     size: Annotated[int, Field(ge=16, le=256)]
 
 
@@ -207,20 +222,24 @@ class MixData(Section):
     of: Annotated[dict[DatasetName, "PlainSection"], Field(min_length=2)]
 
     @property
-    def size(self) -> int:
+    def size(self) -> int | None:
         """Pixels a side, the same in all of them."""
         return next(iter(self.of.values())).size
 
     @model_validator(mode="after")
     def _one_size(self) -> "MixData":
         sizes = {name: section.size for name, section in self.of.items()}
+        if chosen := [name for name, size in sizes.items() if size is None]:
+            raise ValueError(f"all datasets of a mix need one size; say that of {', '.join(chosen)}")
         if len(set(sizes.values())) > 1:
             raise ValueError(f"all datasets of a mix need one size, not {', '.join(f'{n}: {s}' for n, s in sizes.items())}")
         return self
 
 
-PlainSection = Annotated[MnistData | GlyphsData | HodaData | ArchiveData | FolderData, Field(discriminator="reader")]
-DataSection = Annotated[MnistData | GlyphsData | HodaData | ArchiveData | FolderData | MixData, Field(discriminator="reader")]
+PlainSection = Annotated[MnistData | GlyphsData | HodaData | ArchiveData | FolderData | AutoData, Field(discriminator="reader")]
+DataSection = Annotated[
+    MnistData | GlyphsData | HodaData | ArchiveData | FolderData | AutoData | MixData, Field(discriminator="reader")
+]
 
 
 class Extractor(Section):
@@ -508,7 +527,7 @@ def _find(what: str, items: Iterable[Item], name: str) -> Item:
 def section_at(loc: tuple[Any, ...]) -> Any:
     """The model of the section at a pydantic location."""
     if loc[0:1] == ("data",):
-        sections = (MnistData, GlyphsData, HodaData, ArchiveData, FolderData, MixData)
+        sections = (MnistData, GlyphsData, HodaData, ArchiveData, FolderData, AutoData, MixData)
         return {section.model_fields["reader"].annotation.__args__[0]: section for section in sections}[loc[-1]]  # type: ignore[union-attr]
     model: Any = Params
     for part in loc:

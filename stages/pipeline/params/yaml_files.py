@@ -3,6 +3,8 @@
 import copy
 import functools
 import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from stages.errors import UserError
 from stages.pipeline.params.schema import Params, section_at
@@ -46,6 +49,74 @@ def merged(profile: Path, path: Path = PARAMS) -> str:
         raise UserError(f"{profile} holds what cannot be written: {cut(' '.join(str(error).split()), 500)}") from None
     _check(parse_yaml(text.getvalue(), profile), profile)
     return text.getvalue()
+
+
+def with_dataset(name: str, section: dict[str, Any], path: Path = PARAMS) -> str:
+    """The text of params.yaml with a dataset more in `data` and in `sweep.datasets`, where it is not there; all else is kept.
+
+    Args:
+        section: of plain values.
+
+    Raises:
+        UserError: the file, or what would become of it, is not valid; or it is written in another form than this can add to.
+    """
+    expected = read_yaml(path)
+    _check(expected, path)
+    text = path.read_bytes().decode("utf-8-sig")
+    end = "\r\n" if "\r\n" in text else "\n"
+    if name not in expected["data"]:
+        expected["data"][name] = section
+        data = _node(text, "data")
+        indent = " " * data.start_mark.column
+        lines = [f"{indent}{name}:", *(f"{indent * 2}{key}: {_scalar(value)}" for key, value in section.items())]
+        text = _with_lines(text, _last(data).end_mark.index, end, lines)
+    if name not in expected["sweep"]["datasets"]:
+        expected["sweep"]["datasets"].append(name)
+        names = _node(text, "sweep", "datasets")
+        if names.flow_style:
+            text = f"{text[: names.end_mark.index - 1].rstrip().rstrip(',')}, {name}{text[names.end_mark.index - 1 :]}"
+        else:
+            text = _with_lines(text, _last(names).end_mark.index, end, [f"{' ' * names.start_mark.column}- {name}"])
+    try:
+        written = parse_yaml(text, path)
+    except UserError:
+        written = None
+    if written != expected:
+        entry = ", ".join(f"{key}: {_scalar(value)}" for key, value in section.items())
+        raise UserError(
+            f"{path} is in another form than can be added to; add `{name}: {{{entry}}}` to data, and {name} to sweep.datasets"
+        )
+    _check(written, path)
+    return text
+
+
+def _node(text: str, *keys: str) -> Any:
+    """The node of a value in a YAML text, which knows its place."""
+    node = YAML(typ="rt", pure=True).compose(text)
+    for key in keys:
+        node = next(value for name, value in node.value if name.value == key)
+    return node
+
+
+def _last(node: Any) -> Any:
+    """The last node in it that stands for itself: a scalar, or what is in brackets."""
+    while not isinstance(node, ScalarNode) and not node.flow_style and node.value:
+        node = node.value[-1][1] if isinstance(node, MappingNode) else node.value[-1]
+    return node
+
+
+def _with_lines(text: str, at: int, end: str, lines: list[str]) -> str:
+    """The text with lines after that of a place in it."""
+    cut_at = text.find("\n", max(0, at - 1)) + 1
+    before = text[:cut_at] if cut_at else text + end
+    return before + "".join(line + end for line in lines) + (text[cut_at:] if cut_at else "")
+
+
+def _scalar(value: Any) -> str:
+    """A plain value as YAML: a text in quotes, unless it reads the same without."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./~-]+", value) and parse_yaml(value, PARAMS) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _overwrite(values: Any, changes: dict[str, Any], where: str) -> None:
