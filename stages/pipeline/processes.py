@@ -27,6 +27,11 @@ def cores() -> int:
     return max(1, round(min(known)))
 
 
+def has_gpu() -> bool:
+    """Whether there is an Nvidia GPU; torch, which knows better, takes seconds to say so."""
+    return Path("/dev/nvidiactl").exists()
+
+
 def _quotas() -> Iterator[float]:
     """The CPUs that the cgroups of this process leave it, in version 1 and 2; those around a cgroup limit it too.
 

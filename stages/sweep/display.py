@@ -7,7 +7,7 @@ from time import monotonic
 
 from tqdm import tqdm
 
-from stages.sweep import plan, units
+from stages.sweep import estimates, plan, units
 from stages.sweep.units import Unit
 
 BAR = "{n_fmt} of {total_fmt} stages |{bar:20}| {desc}"
@@ -16,10 +16,10 @@ BAR = "{n_fmt} of {total_fmt} stages |{bar:20}| {desc}"
 class Display:
     """Hears of units how they go."""
 
-    def __init__(self, todo: list[Unit], jobs: int) -> None:
+    def __init__(self, todo: list[Unit], jobs: int, expected: estimates.Seconds) -> None:
         self._left, self._jobs, self._began = list(todo), jobs, dict[str, float]()
         self._cells, self._scored = sum(unit.is_cell() for unit in todo), 0
-        self._expected = {unit.name: plan.seconds_of(unit) for unit in todo}
+        self._expected = expected
         self._took: list[tuple[Unit, float]] = []
         self._went: dict[str, str] = {}  # of every stage that DVC came to: ran, restored or kept
         self._ended_stages, self._now = 0, dict[str, str]()  # of each unit that runs its stage
@@ -85,7 +85,7 @@ class Display:
         return None if left is None else monotonic() + left
 
     def _time_left(self) -> str:
-        return f"{plan.span(max((self._end or 0) - monotonic(), 0))} left"
+        return f"{estimates.span(max((self._end or 0) - monotonic(), 0))} left"
 
     def _seconds(self, unit: Unit) -> float | None:
         alike = [(self._expected[other.name], took) for other, took in self._took if _kinds(other) == _kinds(unit)]

@@ -20,8 +20,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from stages.errors import UserError, in_one_line
-from stages.pipeline import clocks, dvc_forms, processes
-from stages.sweep import plan, repair, units
+from stages.pipeline import clocks, dvc_forms, params, processes
+from stages.sweep import estimates, plan, repair, units
 from stages.sweep.display import Display
 from stages.sweep.units import Unit
 from stages.tracking import mirror
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> int:
     with in_one_line("repro"), _only_one():
         jobs = plan.default_jobs() if args.jobs is None else _positive(args.jobs)
         todo = plan.plan(jobs, args.cell)
-        with Display(todo, jobs) as display:
+        with Display(todo, jobs, estimates.seconds_of(todo, params.load())) as display:
             failed = run(todo, jobs, display)
         synced = mirror.sync(asked=True)
         if args.cell:

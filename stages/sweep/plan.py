@@ -19,9 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stages.errors import UserError, in_one_line
-from stages.pipeline import clocks, dvc_forms, graph, params, paths, processes, sources
+from stages.pipeline import dvc_forms, graph, params, paths, processes, sources
 from stages.pipeline.files import whole_file
-from stages.sweep import committed, reasons, repair, units
+from stages.sweep import committed, estimates, reasons, repair, units
 from stages.sweep.units import Unit
 from stages.tracking import results
 from stages.tracking.provenance import Tree
@@ -64,7 +64,7 @@ def plan(jobs: int, cell: str | None = None) -> list[Unit]:
     print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
     for line in reasons.lines(changed, Tree.read(), names):
         print(line)
-    print(_outlook(todo, jobs), flush=True)
+    print(estimates.outlook(todo, jobs, estimates.seconds_of(todo, loaded)), flush=True)
     return todo
 
 
@@ -80,35 +80,9 @@ def _changed() -> dict[str, list[Any]]:
     return dict(json.loads(asked.stdout))
 
 
-def _outlook(todo: list[Unit], jobs: int) -> str:
-    """When the first cell is done, and when all."""
-    known = {unit.name: seconds_of(unit) for unit in todo}
-    unknown = [unit for unit in todo if known[unit.name] is None]
-    if unknown and not any(known.values()):
-        return "No estimate: no such stage was timed yet."
-    ends = units.ends(todo, jobs, {name: seconds or 0 for name, seconds in known.items()})
-    cells = [ends[unit.name] for unit in todo if unit.is_cell()]
-    first = f"the first cell is done in {span(min(cells))}, " if len(cells) > 1 else ""
-    more = f"; no estimate for {sum(len(unit.stages) for unit in unknown)} of the stages" if unknown else ""
-    return f"Going by earlier runs, {first}all in {span(max(ends.values()))}, {jobs} at a time{more}"
-
-
-def seconds_of(unit: Unit) -> float | None:
-    """How long a unit took when last recorded; None where nothing tells of one of its stages."""
-    known = [0 if name == "compare" else clocks.expected(name, "seconds") for name in unit.stages]
-    return None if None in known else sum(seconds or 0 for seconds in known)
-
-
 def default_jobs() -> int:
     """How many units run at a time: as many as there are cores; one where there is a GPU, which they would share."""
-    return 1 if Path("/dev/nvidiactl").exists() else processes.cores()
-
-
-def span(seconds: float) -> str:
-    """So many seconds, as a person says it."""
-    if seconds < 90:
-        return f"about {max(10, round(seconds, -1)):.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    return 1 if processes.has_gpu() else processes.cores()
 
 
 def with_followers(changed: set[str], needs: dict[str, list[str]]) -> list[str]:
@@ -140,24 +114,51 @@ def table() -> None:
 
 
 def score(cell: str) -> str:
-    """The headline score of a cell whose files are whole; what is wrong with them where they are not."""
+    """The headline scores of a cell whose files are whole; what is wrong with them where they are not."""
     try:
-        row = results.row(params.find_cell(params.load(), cell))
+        found = params.find_cell(params.load(), cell)
+        row, missing = results.row(found), results.not_measured(found)
     except UserError as mistake:
         return str(mistake)
     more = f" ± {row['fid_error']:.2g}" * ("fid_error" in row) + f" (floor {row['fid_floor']:.3g})" * ("fid_floor" in row)
-    return f"FID {row['fid']:.3g}{more}" if "fid" in row else "not scored: the set is too small"
+    if "fid" in row:
+        return f"FID {row['fid']:.3g}{more}"
+    others = [f"{name} {row[name]:.1%} ± {row[f'{name}_error']:.1%}" for name in ("accuracy", "precision", "recall") if name in row]
+    return ", ".join([*others, f"no FID: {missing.get('fid', 'it was not measured')}"])
 
 
 def tell(cell: str) -> None:
-    """Print the score of one cell, and where its picture is, if its results are of what is here now."""
+    """Print the score of one cell, what it means, where its picture is, and what to type next.
+
+    If its results are of what is here now.
+    """
     tree = Tree.read()
-    if tree.is_recorded(found := params.find_cell(tree.params, cell)):
-        print(f"{cell}  {score(cell)}\nPicture: {paths.samples(cell) / 'grid.png'}", flush=True)
-        for line in committed.lines(tree, [found]):
-            print(line)
-    else:
+    if not tree.is_recorded(found := params.find_cell(tree.params, cell)):
         print(f"Without results of the present code, parameters and data: {cell}", flush=True)
+        return
+    print(f"{cell}  {score(cell)}\n{_meaning(results.row(found))}\nPicture: {paths.samples(cell) / 'grid.png'}", flush=True)
+    for line in committed.lines(tree, [found]):
+        print(line)
+    print("Next:")
+    cells = len(list(tree.params.sweep.cells()))
+    for command, what in (
+        (f"make draw CELL={cell}", "draws pictures with its network"),
+        ("make repro", f"makes all {cells} cells of the sweep and compares them"),
+        ("make ui", "shows the runs in MLflow"),
+    ):
+        print(f"  {command:<{len(cell) + 18}} {what}", flush=True)
+
+
+def _meaning(row: dict[str, Any]) -> str:
+    """What the scores of a cell mean, in a sentence or two."""
+    said = []
+    if "fid" in row:
+        floor = f"; as many real images have {row['fid_floor']:.3g}, the floor" if "fid_floor" in row else ""
+        said.append(f"FID is how far {row['images']:,} drawn images are from the real test images, lower is better{floor}.")
+    if "accuracy" in row:
+        real = f", and {row['accuracy_floor']:.1%} of real ones" if "accuracy_floor" in row else ""
+        said.append(f"A classifier recognises {row['accuracy']:.1%} of them as what was asked for{real}.")
+    return " ".join(said)
 
 
 def prune(really: bool) -> None:

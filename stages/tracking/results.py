@@ -60,6 +60,13 @@ def _flat(cell: Cell, scores: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def not_measured(cell: Cell) -> dict[str, str]:
+    """Why scores of the fast set are missing, each by its name."""
+    path = paths.scores("evaluate", str(cell))
+    with sound(path):
+        return dict(read_json(path)["fast"].get("not_measured", {}))
+
+
 def machines(cell: Cell) -> Machines:
     """What machines made a cell, by its scores."""
     path = paths.scores("evaluate", str(cell))

@@ -46,7 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
     monkeypatch.setattr(plan, "score", lambda cell: "FID 1.0")
 
     def run(todo: list[Unit], jobs: int) -> list[str]:
-        with Display(todo, jobs) as display:
+        with Display(todo, jobs, dict.fromkeys((unit.name for unit in todo), None)) as display:
             return engine.run(todo, jobs, display)
 
     return run
@@ -113,7 +113,10 @@ def test_a_line_says_how_a_cell_came_about(
 ) -> None:
     monkeypatch.setattr(plan, "score", lambda cell: "FID 1.0")
     train, drawn = Unit("train@a-x-0", ("train@a-x-0",), ()), cell(1, "sample", "evaluate", needs=("train@a-x-0",))
-    display, ways = Display([train, drawn], 1), dict(zip((*train.stages, *drawn.stages), went.split(), strict=True))
+    display, ways = (
+        Display([train, drawn], 1, {train.name: 3.0, drawn.name: 1.0}),
+        dict(zip((*train.stages, *drawn.stages), went.split(), strict=True)),
+    )
     for unit in (train, drawn):
         display.started(unit)
         display.ended(unit, {stage: ways[stage] for stage in unit.stages}, well=True)
@@ -125,8 +128,8 @@ def test_time_left_is_of_what_was_recorded_and_of_this_run(
 ) -> None:
     assert run([cell(T, "sample") for T in (1, 2)], 1) == []
     assert "a-x-1-0  FID 1.0  sampled  about 10 s left\n" in capsys.readouterr().out, "what the first took"
-    monkeypatch.setattr(clocks, "expected", lambda name, what: 3000.0 if what == "seconds" else None)
-    display = Display([cell(T, "sample") for T in (1, 2, 3)], 2)
+    todo = [cell(T, "sample") for T in (1, 2, 3)]
+    display = Display(todo, 2, {unit.name: 3000.0 for unit in todo})
     assert display.seconds_left() == 6000
     clock = [0.0]
     monkeypatch.setattr(display_of, "monotonic", lambda: clock[0])

@@ -1,0 +1,79 @@
+"""How long units take: as when last timed here, else as on the machine that is told below."""
+
+from stages.pipeline import clocks, params, processes
+from stages.sweep import units
+from stages.sweep.units import Unit
+
+# Seconds on one core of a server CPU (AMD EPYC, AVX-512, 2023), of the default network: see benchmarks/RESULTS.md.
+START = 2.5  # of a unit's DVC
+FLAT = {"fetch": 2, "prepare": 2, "reference": 10, "init": 0, "evaluate": 16, "compare": 3}
+A_GLYPH = 5.3e-4  # to draw one
+AN_EXTRACTOR_IMAGE = 6e-4
+A_TRAINED_IMAGE = 2.7e-3  # of PIXELS in the network, and so is the next
+AN_EVALUATION = 4.3e-4
+PIXELS = 28**2
+GUIDED = 1.3  # evaluations a step: guidance takes a second one on a part of the chain
+
+UNTIMED = ("compare", "init")  # stages of no dataset, which have no clock
+Seconds = dict[str, float | None]
+"""Of each unit, by its name."""
+
+
+def outlook(todo: list[Unit], jobs: int, seconds: Seconds) -> str:
+    """When the first cell is done, and when all."""
+    known = {name: taken for name, taken in seconds.items() if taken is not None}
+    if len(known) < len(todo):
+        return "No estimate: not all of this was timed on this machine yet."
+    ends = units.ends(todo, jobs, known)
+    cells = [ends[unit.name] for unit in todo if unit.is_cell()]
+    by = "earlier runs" if all(_is_timed(name) for unit in todo for name in unit.stages) else "what a server CPU takes"
+    first = f"the first cell is done in {span(min(cells))}, " if len(cells) > 1 else ""
+    return f"Going by {by}, {first}all in {span(max(ends.values()))}, {jobs} at a time"
+
+
+def seconds_of(todo: list[Unit], loaded: params.Params) -> Seconds:
+    """How long units take, by what was last recorded here; a stage that was never timed here, by what it has to do.
+
+    None where that is not known: on a GPU.
+    """
+    return {unit.name: _seconds_of(unit, loaded) for unit in todo}
+
+
+def _seconds_of(unit: Unit, loaded: params.Params) -> float | None:
+    found = START
+    for name in unit.stages:
+        timed = clocks.expected(name, "seconds")
+        if timed is None and processes.has_gpu() and not name.startswith(UNTIMED):
+            return None
+        found += _guess(name, loaded) if timed is None else timed
+    return found
+
+
+def _is_timed(name: str) -> bool:
+    return name.startswith(UNTIMED) or clocks.expected(name, "seconds") is not None
+
+
+def _guess(name: str, loaded: params.Params) -> float:
+    """Seconds of a stage, as DVC names it, from how many images it trains on, draws or evaluates the network for."""
+    stage, _, item = name.partition("@")
+    if stage in FLAT:
+        data = loaded.data.get(item)
+        drawn = data.train_images + data.validation_images + data.test_images if isinstance(data, params.GlyphsData) else 0
+        return FLAT[stage] + A_GLYPH * drawn * (stage == "prepare")
+    if stage == "extractor":
+        return AN_EXTRACTOR_IMAGE * loaded.extractor.images
+    dataset = item.partition("-")[0]
+    width = (loaded.network.base_channels / 8) ** 2 * loaded.network.blocks_per_level
+    relative = min(loaded.data[dataset].size or 10**9, loaded.network.stem_resolution) ** 2 / PIXELS * width
+    if stage == "train":
+        return A_TRAINED_IMAGE * relative * sum(loaded.train.of(dataset).images)
+    sample, T = loaded.sample, int(item.split("-")[2])
+    steps = sample.images * sample.fast.steps + sample.ancestral_images * T
+    return AN_EVALUATION * relative * steps * (GUIDED if sample.guidance else 1)
+
+
+def span(seconds: float) -> str:
+    """So many seconds, as a person says it."""
+    if seconds < 90:
+        return f"about {max(10, round(seconds, -1)):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,70 @@
+"""How long things take before they were ever timed, and by what was timed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stages.pipeline import dvc_forms, params, processes
+from stages.sweep import estimates, units
+
+CELL = "mnist-cosine-100-0"
+
+
+@pytest.fixture
+def todo(bare_tree: Path) -> list[units.Unit]:
+    return units.units(params.load(), dvc_forms.stages())
+
+
+def timed(stage: str, item: str, seconds: float) -> None:
+    path = Path(f".state/clocks/{stage}/{item}.0.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"seconds": seconds}))
+
+
+def test_what_was_never_timed_is_guessed_from_what_it_has_to_do(todo: list[units.Unit]) -> None:
+    loaded = params.load()
+    seconds = estimates.seconds_of(todo, loaded)
+    assert seconds.keys() == {unit.name for unit in todo}
+    assert min(seconds.values()) > 0
+    longer = loaded.train.model_copy(update={"images": [3 * images for images in loaded.train.images]})
+    tripled = estimates.seconds_of(todo, loaded.model_copy(update={"train": longer}))
+    train = "train@mnist-cosine-0"
+    assert tripled[train] - estimates.START == pytest.approx(3 * (seconds[train] - estimates.START))
+    assert {name for name in seconds if tripled[name] != seconds[name]} == {name for name in seconds if name.startswith("train@")}
+    of_T = [seconds[CELL.replace("-100-", f"-{T}-")] for T in (25, 100, 1000)]
+    assert of_T[2] - of_T[1] == pytest.approx(900 / 75 * (of_T[1] - of_T[0]))
+
+
+def test_one_that_was_timed_counts_before_a_guess(todo: list[units.Unit]) -> None:
+    before = estimates.seconds_of(todo, params.load())
+    timed("sample", CELL, 1000)
+    after = estimates.seconds_of(todo, params.load())
+    assert after[CELL] == estimates.START + 1000 + estimates.FLAT["evaluate"]
+    assert after["train@mnist-cosine-0"] == before["train@mnist-cosine-0"]
+
+
+def test_on_a_gpu_nothing_is_guessed(todo: list[units.Unit], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "has_gpu", lambda: True)
+    seconds = estimates.seconds_of(todo, params.load())
+    assert seconds["init"] is not None
+    assert seconds[CELL] is None
+    assert estimates.outlook(todo, 1, seconds) == "No estimate: not all of this was timed on this machine yet."
+    for stage in ("sample", "evaluate"):
+        timed(stage, CELL, 10)
+    assert estimates.seconds_of(todo, params.load())[CELL] == estimates.START + 20
+
+
+def test_the_outlook_says_what_it_goes_by(todo: list[units.Unit]) -> None:
+    cells = units.leading_to(CELL, todo)
+    assert (
+        estimates.outlook(cells, 1, {unit.name: 60.0 for unit in cells})
+        == "Going by what a server CPU takes, all in about 4 min, 1 at a time"
+    )
+    for stage, item in (("fetch", "mnist"), ("prepare", "mnist"), ("extractor", "mnist"), ("reference", "mnist")):
+        timed(stage, item, 1)
+    for stage, item in (("train", "mnist-cosine-0"), ("sample", CELL), ("evaluate", CELL)):
+        timed(stage, item, 1)
+    assert estimates.outlook(cells, 2, {unit.name: 60.0 for unit in cells}).startswith(
+        "Going by earlier runs, all in about 3 min, 2"
+    )
