@@ -29,7 +29,7 @@ from stages.datasets.folder import UNLABELLED
 from stages.datasets.splits import Dataset
 from stages.errors import UserError
 
-FOLDERS, NAMES, FLAT = "a folder for each class", "files named LABEL.anything", "no labels"
+FOLDERS, NAMES, FLAT = "a folder for each class", "files named LABEL.anything", "no folders, no labels"
 SEVERAL = 3  # images that a label must have to be taken for one: one for each split
 MOST = 9 / 10  # of the images; so many must tell the same
 LOOKED_AT = 500  # images whose size and paper are looked at

@@ -40,9 +40,9 @@ def main(name: str, path: str) -> None:
     """
     section, is_new = _asked(name, path)
     source = _absolute(path)
-    print(f"{name}: {source}")
     with sources.scratch(f"looked-{name}") as folder:
         auto.fetch(folder, path=str(source))
+        print(f"{name}: {source}")
         layout = auto.layout(folder / archive.FILE)
         looks = auto.looks(folder / archive.FILE, layout.members)
         if is_new and looks:
@@ -104,13 +104,14 @@ def _tell(facts: Iterator[tuple[str, str]]) -> None:
 def _of_the_files(source: Path, layout: auto.Layout, looks: list[Look]) -> Iterator[tuple[str, str]]:
     """What there is: each fact with what it is of."""
     yield "layout", str(layout)
-    yield "images", f"{len(layout.labels):,}" + " without labels" * (layout.kind == auto.FLAT)
+    yield "images", f"{len(layout.labels):,}"
     if layout.kind != auto.FLAT:
         yield "classes", classes(layout.class_names, _counts(torch.tensor(layout.labels), layout.class_names))
     if looks:
         smallest, largest = (f(looks, key=lambda look: look.width * look.height) for f in (min, max))
         of = f" (of {len(looks)} looked at)" * (len(looks) < len(layout.labels))
-        sizes = f"{smallest.width} x {smallest.height} to {largest.width} x {largest.height}"
+        ends = [f"{look.width} x {look.height}" for look in (smallest, largest)]
+        sizes = " to ".join(dict.fromkeys(ends))
         yield "pixels", f"{sizes}, the longer side {auto.longer_side(looks)} in the median{of}"
     for reason, names in left_out(_names(source)).items():
         yield "left out", f"{len(names):,} × {reason}, such as {names[0]!r}"
@@ -180,8 +181,8 @@ def contact_sheet(images: Tensor, labels: Tensor, class_names: list[str]) -> gri
         images: (N, 1, H, W) uint8. labels: (N,) int64.
     """
     if len(class_names) == 1:
-        first = images[: EXAMPLES * EXAMPLES]
-        labels, images, class_names = torch.arange(len(first)) // EXAMPLES, first, [""] * -(-len(first) // EXAMPLES)
+        images = images[torch.linspace(0, len(images) - 1, min(EXAMPLES**2, len(images))).long()]
+        labels, class_names = torch.arange(len(images)) // EXAMPLES, [""] * -(-len(images) // EXAMPLES)
     scale = max(1, -(-SHOWN // images.shape[-1]))
     font = ImageFont.truetype(_font(), 18)
     names = [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in class_names]
