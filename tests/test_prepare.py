@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from stages import prepare
-from stages.datasets import glyphs, mnist, readers
+from stages.datasets import enough, glyphs, mnist, readers
 from stages.datasets.images import to_float
 from stages.datasets.readers import READERS
 from stages.drawing.weights import load_tensors
@@ -63,6 +63,7 @@ def reader(request, tmp_path_factory) -> Iterator[str]:
     """Each reader in turn, with what was prepared of small raw data in the current folder; raw/ holds these, unpacked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp(request.param))
+        patch.setattr(enough, "LEAST_OF_CLASS", 4)
         patch.setattr(glyphs, "FONT_PACKAGES", {"fontpkg-almarai": r"Almarai-Bold\.ttf"})
         (raw := Path("raw").absolute()).mkdir()
         if request.param == "mnist":

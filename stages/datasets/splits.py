@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from torch import Tensor
 
+from stages.datasets import enough
 from stages.errors import UserError
 
 Split = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
@@ -65,8 +66,10 @@ def split(
         validation_share, test_share: in (0, 1), and less than 1 together.
 
     Raises:
-        UserError: a class has fewer than three different images, or groups, or cannot be in all splits.
+        UserError: classes are too small (enough.py), or one has fewer than three different images, or groups, or cannot be in
+            all splits.
     """
+    enough.refuse_too_few(class_names, labels.bincount(minlength=len(class_names)).tolist())
     hashed = _digests(_rows(images)) if groups is None else _digests(group.encode() for group in groups)
     part = _parts(hashed, labels, class_names, [test_share, validation_share], seed, "images" if groups is None else "groups")
     test, validation, train = (torch.from_numpy(np.flatnonzero(part == k)) for k in range(3))

@@ -1,8 +1,10 @@
 """The least that a dataset must hold: refused once, in one message."""
 
 import pytest
+import torch
 
 from stages.datasets.enough import LEAST_OF_CLASS, LEAST_WITHOUT, NAMED, refuse_too_few
+from stages.datasets.splits import split
 from stages.errors import UserError
 
 
@@ -21,6 +23,14 @@ def test_without_classes_more_are_needed() -> None:
         refuse_too_few(["unlabelled"], [99])
     with pytest.raises(UserError, match=r"^1 image without"):
         refuse_too_few(["unlabelled"], [1])
+
+
+def test_it_is_refused_before_a_split_is_made() -> None:
+    """Class c alone could not be divided; both are named."""
+    labels = torch.tensor([0] * 19 + [1] * 20 + [2] * 2)
+    images = torch.arange(41, dtype=torch.uint8).reshape(41, 1, 1, 1)
+    with pytest.raises(UserError, match=r"^2 of 3 classes have too few images: 'c' \(2\), 'a' \(19\);"):
+        split(images, labels, ["a", "b", "c"], validation_share=0.1, test_share=0.2, seed=0)
 
 
 def test_a_long_list_is_cut() -> None:
