@@ -121,7 +121,8 @@ def _report(sweep: params.Sweep, rows: Rows, synthetic: list[str]) -> str:
     lines += [_SHARED] if any(row["network"] == "shared" for row in rows.values()) else []
     lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
     lines += [_markdown_row([_cell_text(row.get(key)) for key in columns.values()]) for row in rows.values()]
-    lines += ["", *(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, title in _FIGURES.items())]
+    lines += ["", *(f"{line}.\n" for line in results.why_missing(rows))]
+    lines += [*(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, title in _FIGURES.items())]
     return "\n".join(lines)
 
 

@@ -104,6 +104,8 @@ def table() -> None:
     finished = [cell for cell in cells if tree.is_recorded(cell)]
     if finished:
         print(results.table(results.row(cell) | results.clocks(tree, cell)[0] for cell in finished))
+        for line in results.why_missing(finished):
+            print(line)
     if missing := [str(cell) for cell in cells if cell not in finished]:
         print(f"Without results of the present code, parameters and data: {', '.join(missing)}")
         print("metrics/report.md and metrics/figures are of an earlier run, if they are there.")
@@ -120,9 +122,9 @@ def score(cell: str) -> str:
         row, missing = results.row(found), results.not_measured(found)
     except UserError as mistake:
         return str(mistake)
-    more = f" ± {row['fid_error']:.2g}" * ("fid_error" in row) + f" (floor {row['fid_floor']:.3g})" * ("fid_floor" in row)
     if "fid" in row:
-        return f"FID {row['fid']:.3g}{more}"
+        floor = f"floor {row['fid_floor']:.3g}" if "fid_floor" in row else f"no floor: {missing.get('fid_floor', 'not measured')}"
+        return f"FID {row['fid']:.3g} ± {row['fid_error']:.2g} ({floor})"
     others = [f"{name} {row[name]:.1%} ± {row[f'{name}_error']:.1%}" for name in ("accuracy", "precision", "recall") if name in row]
     return ", ".join([*others, f"no FID: {missing.get('fid', 'it was not measured')}"])
 
@@ -146,7 +148,7 @@ def tell(cell: str) -> None:
         ("make repro", f"makes all {cells} cells of the sweep and compares them"),
         ("make ui", "shows the runs in MLflow"),
     ):
-        print(f"  {command:<{len(cell) + 18}} {what}", flush=True)
+        print(f"  {command:<{len(cell) + 15}}  {what}", flush=True)
 
 
 def _meaning(row: dict[str, Any]) -> str:

@@ -67,6 +67,16 @@ def not_measured(cell: Cell) -> dict[str, str]:
         return dict(read_json(path)["fast"].get("not_measured", {}))
 
 
+def why_missing(cells: Iterable[Cell]) -> list[str]:
+    """A line for each dataset and reason why scores of its fast sets, or their floors, are missing."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for cell in cells:
+        for name, why in not_measured(cell).items():
+            what = f"floor of {name.removesuffix('_floor')}" if name.endswith("_floor") else name
+            found.setdefault((cell.dataset, why), {})[what.replace("fid", "FID")] = None
+    return [f"{dataset} has no {', no '.join(names)}: {why}" for (dataset, why), names in found.items()]
+
+
 def machines(cell: Cell) -> Machines:
     """What machines made a cell, by its scores."""
     path = paths.scores("evaluate", str(cell))

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -101,6 +102,69 @@ def test_a_path_that_does_not_exist_is_told_before_dvc_is_asked(bare_tree: Path,
         plan.plan(1)
     answer(monkeypatch, "{}")
     assert plan.plan(1, CELL) == [], "the other datasets can be made"
+
+
+SCORED: dict[str, Any] = {
+    "images": 2000,
+    "fid": {"value": 0.8304, "error": 0.156, "floor": 0.2122},
+    "accuracy": {"value": 0.95, "error": 0.005, "floor": 0.9947},
+    "precision": {"value": 0.71, "error": 0.04, "floor": None},
+    "sampling": {"network_evaluations": 17},
+    "not_measured": {},
+}
+
+
+def write_scores(**changes: Any) -> None:
+    fast = {name: value for name, value in (SCORED | changes).items() if value is not None}
+    scores = {"fast": fast, "ancestral": {"sampling": {"network_evaluations": 139}}, "logsnr_grid": []}
+    touch(path := paths.scores("evaluate", CELL))
+    path.write_text(json.dumps(scores))
+
+
+@pytest.mark.usefixtures("bare_tree")
+def test_a_cell_is_told_by_its_score_or_by_what_there_is_instead() -> None:
+    write_scores()
+    assert plan.score(CELL) == "FID 0.83 ± 0.16 (floor 0.212)"
+    write_scores(fid=None, not_measured={"fid": "the test split has 36 images"})
+    assert plan.score(CELL) == "accuracy 95.0% ± 0.5%, precision 71.0% ± 4.0%, no FID: the test split has 36 images"
+    write_scores(fid={"value": 2.0, "error": 0.5, "floor": None}, not_measured={"fid_floor": "18 images are too few"})
+    assert plan.score(CELL) == "FID 2 ± 0.5 (no floor: 18 images are too few)"
+    paths.scores("evaluate", CELL).unlink()
+    assert plan.score(CELL) == f"cell {CELL} has no metrics/evaluate/{CELL}.json; `dvc repro evaluate@{CELL}` makes it"
+
+
+@pytest.mark.usefixtures("bare_tree")
+def test_a_cell_alone_ends_with_its_score_what_it_means_its_picture_and_what_to_type_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan.Tree, "is_recorded", lambda *_: True)
+    monkeypatch.setattr(plan.committed, "lines", lambda *_: ["1 of 1 cells have the committed bits."])
+    write_scores()
+    plan.tell(CELL)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{CELL}  FID 0.83 ± 0.16 (floor 0.212)",
+        "FID is how far 2,000 drawn images are from the real test images, lower is better; as many real images have 0.212, "
+        "the floor. A classifier recognises 95.0% of them as what was asked for, and 99.5% of real ones.",
+        f"Picture: samples/{CELL}/grid.png",
+        "1 of 1 cells have the committed bits.",
+        "Next:",
+        f"  make draw CELL={CELL}  draws pictures with its network",
+        "  make repro                         makes all 12 cells of the sweep and compares them",
+        "  make ui                            shows the runs in MLflow",
+    ]
+    write_scores(fid=None, accuracy=None)
+    plan.tell(CELL)
+    assert "FID is" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("bare_tree")
+def test_a_cell_whose_results_are_of_something_else_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scores()
+    monkeypatch.setattr(plan.Tree, "is_recorded", lambda *_: False)
+    plan.tell(CELL)
+    assert capsys.readouterr().out == f"Without results of the present code, parameters and data: {CELL}\n"
 
 
 def test_a_time_is_told_as_a_person_does() -> None:

@@ -77,6 +77,24 @@ def test_a_number_that_dvc_keeps_without_a_point_has_the_clock_of_the_same_with_
     assert clocks.read("sample", str(CELL), more) == {}
 
 
+def test_what_is_missing_is_told_once_with_the_reason() -> None:
+    few, none = "the test split has 36 images", "the validation split has 18 images"
+    other = Cell("mnist", "cosine", 25, 0)
+    for cell in (CELL, other):
+        scores = json.loads(json.dumps(SCORES))
+        scores["fast"]["not_measured"] = {"fid": few, "precision_floor": none, "class_tv_floor": none}
+        write(paths.scores("evaluate", str(cell)), json.dumps(scores))
+    assert results.not_measured(CELL)["fid"] == few
+    assert results.why_missing([CELL, other]) == [
+        f"mnist has no FID: {few}",
+        f"mnist has no floor of precision, no floor of class_tv: {none}",
+    ]
+
+
+def test_scores_of_an_earlier_version_lack_nothing_by_their_own_word() -> None:
+    assert results.why_missing([CELL]) == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
