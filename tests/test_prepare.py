@@ -26,6 +26,7 @@ SECTIONS: dict[str, params.DataSection] = {
     "hoda": params.HodaData(reader="hoda", path="hoda", size=16, **SHARES),
     "archive": params.ArchiveData(reader="archive", path="archive", url=None, drive=None, sha256=None, **LOOK),
     "folder": params.FolderData(reader="folder", path="folder", **LOOK),
+    "auto": params.AutoData(reader="auto", path="archive", **SHARES),
 }
 SPLITS = ("train", "validation", "test")
 SECTIONS["mix"] = params.MixData(reader="mix", of={"one": SECTIONS["glyphs"], "two": SECTIONS["folder"]})
@@ -98,11 +99,12 @@ def test_prepared_tensors_and_what_is_said_of_them(reader):
     folder = paths.prepared(reader)
     assert {file.name for file in folder.iterdir()} == {*(f"{name}.safetensors" for name in SPLITS), "dataset.json", "stray"}
     about = read_json(folder / "dataset.json")
-    assert set(about) - {"dropped_files", "of"} == {
+    assert set(about) - {"dropped_files", "of", "layout"} == {
         *("reader", "synthetic", "licence", "source_sha256", "size", "class_names"),
         *("images", "images_per_class", "pixel_mean", "pixel_std", "split", "dropped", "duplicates", "nearly_equal"),
     }, "no date, host, path or route"
     assert about["reader"] == reader
+    assert ("layout" in about) == (reader == "auto")
     assert about["synthetic"] == (reader in ("glyphs", "mix"))
     files = [file for file in Path("raw").rglob("*") if file.is_file()]
     assert about["source_sha256"] == {str(file.relative_to("raw")): digest(file) for file in files}

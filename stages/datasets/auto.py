@@ -30,6 +30,7 @@ from stages.datasets.splits import Dataset
 from stages.errors import UserError
 
 FOLDERS, NAMES, FLAT = "a folder for each class", "files named LABEL.anything", "no folders, no labels"
+UNNAMED = "no label before the first of two dots"
 SEVERAL = 3  # images that a label must have to be taken for one: one for each split
 MOST = 9 / 10  # of the images; so many must tell the same
 LOOKED_AT = 500  # images whose size and paper are looked at
@@ -155,7 +156,7 @@ def _layout(kind: str, inside: str, members: zips.Members, labels: list[str | No
     known = [i for i, label in enumerate(labels) if label is not None]
     classes = sorted({label for label in labels if label is not None}, key=_in_order)
     place = {label: y for y, label in enumerate(classes)}
-    refused = [(member, "no label before the first dot") for member, y in zip(members.names, labels, strict=True) if y is None]
+    refused = [(member, UNNAMED) for member, y in zip(members.names, labels, strict=True) if y is None]
     return Layout(kind, inside, members.take(known), [place[str(labels[i])] for i in known], classes, refused)
 
 

@@ -53,6 +53,7 @@ def card(name: str, about: dict[str, Any], picture: Path) -> str:
         f"{about['size']} × {about['size']} pixels",
         "written by": "a program: synthetic" if about["synthetic"] else "people",
         "licence": about["licence"],
+        **({"taken for": about["layout"]} if "layout" in about else {}),
         "split": how,
         "dropped": dropped,
         "equal to another image": f"{about['duplicates']:,}",

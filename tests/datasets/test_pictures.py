@@ -169,6 +169,17 @@ def test_stretched_or_in_proportion():
     assert (padded[25:] == 220).all(), "the paper goes on"
 
 
+def test_a_picture_is_looked_at_as_it_is_upright_with_its_paper():
+    pixels = np.full((5, 9), 220, np.uint8)
+    pixels[1:4, 1:8] = 10
+    assert pictures.look(encoded(pixels)) == pictures.Look(9, 5, 220)
+    turned = Image.Exif()
+    turned[0x112] = 6  # a quarter
+    assert pictures.look(encoded(pixels, exif=turned)) == pictures.Look(5, 9, 220)
+    with pytest.raises(Unreadable, match=pictures.CUT_OFF):
+        pictures.look(encoded(pixels)[:-20])
+
+
 def test_paper_is_the_median_of_the_border():
     tall = np.full((30, 10), 210, np.uint8)
     tall[:, 4:6] = 0  # a stroke that reaches the border

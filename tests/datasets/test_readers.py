@@ -27,7 +27,7 @@ def section(root: Path, classes: dict[str, int], seed: int) -> dict[str, Any]:
 
 
 def test_every_reader_tells_its_licence_itself_or_asks_for_it() -> None:
-    assert {name for name, reader in READERS.items() if reader.licence is None} == {"archive", "folder", "mix"}
+    assert {name for name, reader in READERS.items() if reader.licence is None} == {"archive", "auto", "folder", "mix"}
     assert {name for name, reader in READERS.items() if reader.synthetic} == {"glyphs"}
 
 

@@ -75,6 +75,7 @@ def target(tmp_path: Path) -> Path:
 def test_pack_takes_the_images_and_nothing_else(mine, target):
     images = {"b/2.PNG": b"b2", "a/deep/er/1.jpeg": b"a1", "a/2.tif": b"a2", "c.jpg": b"c", "ح/۵.tiff": b"5", "A/1.png": b"A1"}
     other = {"a/notes.txt": b"", ".DS_Store": b"", "a/._2.png": b"", "__MACOSX/a/1.png": b"", "Thumbs.db": b"", ".git/1.png": b""}
+    other |= {"a/@eaDir/1.png": b"", "a/@eaDir/1.png@SynoEAStream": b""}
     zips.pack(put(mine, images | other), target, "mine")
     assert contents(target) == images
     with zipfile.ZipFile(target) as archive:

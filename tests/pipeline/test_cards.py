@@ -57,6 +57,7 @@ def test_a_card_says_what_is_known_and_shows_it() -> None:
         "![Ten images of each class](../docs/data/mine.png)",
     ):
         assert words in page
+    assert "taken for" not in page
     with Image.open(cards.PICTURES / "mine.png") as picture:
         assert picture.size == (700, 30)
 
@@ -83,8 +84,15 @@ def test_what_an_earlier_version_prepared_keeps_its_card(capsys: pytest.CaptureF
 
 def test_a_long_table_is_folded_and_a_published_split_named() -> None:
     counts = list(range(100, 140))
-    prepare("mine", class_names=list(map(str, counts)), images_per_class=dict.fromkeys(ABOUT["images"], counts), split="published")
+    prepare(
+        "mine",
+        class_names=list(map(str, counts)),
+        images_per_class=dict.fromkeys(ABOUT["images"], counts),
+        split="published",
+        layout="no labels",
+    )
     cards.main()
     page = cards.PAGE.read_text(encoding="utf-8")
     assert "<details><summary>Images of each class</summary>" in page
     assert "| split | published |" in page
+    assert "| taken for | no labels |" in page

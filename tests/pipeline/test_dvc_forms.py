@@ -13,7 +13,7 @@ import pytest
 import zc.lockfile
 from dvc.utils.serialize import load_yaml
 
-from stages.pipeline import dvc_forms
+from stages.pipeline import dvc_forms, params
 
 ROOT = Path(__file__).parents[2]
 STAGE = """\
@@ -154,3 +154,13 @@ def test_status_tells_of_what_changed(repository: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(repository)
     (repository / "stage.py").write_text((repository / "stage.py").read_text() + "# changed\n")
     assert json.loads(dvc_forms.status().stdout) == {"two": [{"changed deps": {"stage.py": "modified"}}]}
+
+
+def test_what_a_section_leaves_out_is_no_parameter_for_dvc_nor_here() -> None:
+    values = params.read_yaml(ROOT / "params.yaml")
+    values["data"]["mine"] = {"reader": "auto", "path": "x"}
+    loaded = params.Params.model_validate(values)
+    assert loaded.data["mine"].model_dump()["pad"] is True, "a default"
+    stage = dvc_forms.stages()["fetch"]
+    assert dvc_forms.params_of(stage, "mine", loaded) == {"data.mine": {"reader": "auto", "path": "x"}}
+    assert dvc_forms.params_of(stage, "mnist", loaded) == {"data.mnist": values["data"]["mnist"]}

@@ -3,6 +3,7 @@
 import copy
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,102 @@ def test_a_wrong_profile_is_refused(tmp_path: Path, text: str, says: str) -> Non
     with pytest.raises(UserError, match=re.escape(str(profile))) as refused:
         params.merged(profile, ROOT / "params.yaml")
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        ({"reader": "auto", "path": "x"}, {"size": None, "pad": True, "invert": False, "licence": "unknown"}),
+        ({"reader": "folder", "path": "x", "size": 32}, {"pad": False, "group": None, "strict": False}),
+        ({"reader": "archive", "url": "https://x", "size": 32}, {"path": None, "drive": None, "sha256": None, "pad": False}),
+        ({"reader": "hoda", "path": "x", "size": 32}, {"validation_share": 0.1, "test_share": 0.2, "seed": 0}),
+        ({"reader": "mnist"}, {"size": 28, "path": None}),
+    ],
+)
+def test_keys_that_a_reader_can_do_without_may_be_left_out(tmp_path: Path, short: dict[str, Any], full: dict[str, Any]) -> None:
+    values = changed("data.mine", short)
+    values["sweep"]["datasets"] = ["mine"]
+    section = params.load(write(tmp_path, values)).data["mine"]
+    assert section.model_dump() == section.model_dump() | short | full
+    assert section.model_dump(exclude_unset=True) == short, "what DVC records"
+
+
+def test_a_dataset_in_a_mix_says_its_size(tmp_path: Path) -> None:
+    mixed = {"reader": "mix", "of": {"a": MIX["of"]["a"], "b": {"reader": "auto", "path": "x"}}}
+    with pytest.raises(UserError, match=r"data\.both: all datasets of a mix need one size; say that of b$"):
+        params.load(write(tmp_path, changed("data.both", mixed)))
+    mixed["of"]["b"]["size"] = 64
+    assert params.load(write(tmp_path, changed("data.both", mixed))).data["both"].size == 64
+
+
+SECTION = {"reader": "auto", "path": '/a/it\'s "b" # c', "size": 48, "invert": False, "pad": True}
+
+
+def test_a_dataset_is_added_to_the_file_and_nothing_else_changes(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(OWN)
+    text = params.with_dataset("mine", SECTION, path)
+    assert path.read_bytes() == OWN, "it is not written"
+    added = text.splitlines()
+    for line in OWN.decode().replace("[mnist, persian_glyphs]", "[mnist, persian_glyphs, mine]").splitlines():
+        added.remove(line)
+    indented = ["reader: auto", 'path: "/a/it\'s \\"b\\" # c"', "size: 48", "invert: false", "pad: true"]
+    assert added == ["  mine:", *(f"    {line}" for line in indented)]
+    path.write_text(text, encoding="utf-8")
+    assert params.load(path).data["mine"].model_dump(exclude_unset=True) == SECTION
+    assert params.with_dataset("mine", {}, path) == text, "there it is already"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("[mnist, persian_glyphs]", "\n  - mnist # the first\n  - persian_glyphs # the last"),
+        lambda text: text.replace("[mnist, persian_glyphs]", "[\n    mnist, # [one]\n    persian_glyphs,\n  ]"),
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\nextractor:", "\n# About the extractor\nextractor:"),
+        lambda text: re.sub(
+            r"\ndata:.*?\nextractor",
+            "\ndata:\n  mnist: {reader: mnist} # x\n  persian_glyphs: {reader: mnist}\nextractor",
+            text,
+            flags=re.S,
+        ),
+        lambda text: (lambda data: text.replace(data, "") + data.rstrip("\n"))(
+            re.search(r"\ndata:.*?\n(?=extractor)", text, re.S)[0]
+        ),
+    ],
+    ids=["block", "broken", "crlf", "bom", "remark", "flow", "last"],
+)
+def test_a_dataset_is_added_however_the_file_is_written(tmp_path: Path, change: Callable[[str], str]) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(change(OWN.decode()).encode())
+    before, remarks = params.read_yaml(path), re.findall(r"#[^\r\n]*", path.read_text(encoding="utf-8"))
+    text = params.with_dataset("mine", SECTION, path)
+    path.write_bytes(text.encode())
+    before["sweep"]["datasets"].append("mine")
+    before["data"]["mine"] = SECTION
+    assert params.read_yaml(path) == before
+    assert [remark for remark in re.findall(r"#[^\r\n]*", text) if '# c"' not in remark] == remarks
+    assert ("\r\n" in text) == (text.count("\n") == text.count("\r\n"))
+
+
+@pytest.mark.parametrize(("name", "section"), [("No", SECTION), ("mine", SECTION | {"size": 3})])
+def test_a_dataset_that_is_not_valid_is_not_added(tmp_path: Path, name: str, section: dict[str, Any]) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(OWN)
+    with pytest.raises(UserError, match=r"params\.yaml: (data|sweep\.datasets)\."):
+        params.with_dataset(name, section, path)
+
+
+def test_a_file_that_cannot_be_added_to_is_told_with_what_to_add(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(
+        re.sub(
+            r"\ndata:.*?\nextractor",
+            "\ndata: {mnist: {reader: mnist}, persian_glyphs: {reader: mnist}}\nextractor",
+            OWN.decode(),
+            flags=re.S,
+        )
+    )
+    with pytest.raises(UserError, match=r"add `mine: \{reader: auto, path: .*pad: true\}` to data, and mine to sweep\.datasets$"):
+        params.with_dataset("mine", SECTION, path)

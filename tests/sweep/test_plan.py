@@ -95,7 +95,7 @@ def test_the_plan_tells_when_the_first_cell_is_done_and_when_all(
 
 def test_a_path_that_does_not_exist_is_told_before_dvc_is_asked(bare_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (bare_tree / "params.yaml").read_text()
-    text = text.replace("\ndata:\n", "\ndata:\n  mine: {reader: auto, path: nowhere}\n").replace("[mnist, ", "[mine, mnist, ")
+    text = text.replace("\n  mnist:\n", "\n  mine: {reader: auto, path: nowhere}\n  mnist:\n").replace("[mnist, ", "[mine, mnist, ")
     (bare_tree / "params.yaml").write_text(text)
     monkeypatch.setattr(dvc_forms, "status", lambda: pytest.fail("asked"))
     with pytest.raises(UserError, match=r"^data\.mine\.path = nowhere: there is no such file or folder$"):

@@ -63,23 +63,16 @@ def with_dataset(name: str, section: dict[str, Any], path: Path = PARAMS) -> str
     expected = read_yaml(path)
     _check(expected, path)
     text = path.read_bytes().decode("utf-8-sig")
-    end = "\r\n" if "\r\n" in text else "\n"
-    if name not in expected["data"]:
-        expected["data"][name] = section
-        data = _node(text, "data")
-        indent = " " * data.start_mark.column
-        lines = [f"{indent}{name}:", *(f"{indent * 2}{key}: {_scalar(value)}" for key, value in section.items())]
-        text = _with_lines(text, _last(data).end_mark.index, end, lines)
-    if name not in expected["sweep"]["datasets"]:
+    is_new, is_swept = name not in expected["data"], name in expected["sweep"]["datasets"]
+    if not is_swept:
         expected["sweep"]["datasets"].append(name)
-        names = _node(text, "sweep", "datasets")
-        if names.flow_style:
-            text = f"{text[: names.end_mark.index - 1].rstrip().rstrip(',')}, {name}{text[names.end_mark.index - 1 :]}"
-        else:
-            text = _with_lines(text, _last(names).end_mark.index, end, [f"{' ' * names.start_mark.column}- {name}"])
+    if is_new:
+        expected["data"][name] = section
     try:
+        text = text if is_swept else _with_item(text, _node(text, "sweep", "datasets"), name)
+        text = _with_section(text, _node(text, "data"), name, section) if is_new else text
         written = parse_yaml(text, path)
-    except UserError:
+    except (YAMLError, UserError):
         written = None
     if written != expected:
         entry = ", ".join(f"{key}: {_scalar(value)}" for key, value in section.items())
@@ -88,6 +81,20 @@ def with_dataset(name: str, section: dict[str, Any], path: Path = PARAMS) -> str
         )
     _check(written, path)
     return text
+
+
+def _with_item(text: str, names: Any, name: str) -> str:
+    """The text with a name more at the end of a list in it."""
+    if not names.flow_style:
+        return _with_lines(text, _last(names), [f"{' ' * names.start_mark.column}- {name}"])
+    after = names.value[-1].end_mark.index  # a comma, or a remark, may follow
+    return f"{text[:after]}, {name}{text[after:]}"
+
+
+def _with_section(text: str, data: Any, name: str, section: dict[str, Any]) -> str:
+    """The text with a section more at the end of a mapping in it."""
+    indent = " " * data.start_mark.column
+    return _with_lines(text, _last(data), [f"{indent}{name}:", *(f"{indent * 2}{key}: {_scalar(section[key])}" for key in section)])
 
 
 def _node(text: str, *keys: str) -> Any:
@@ -105,11 +112,12 @@ def _last(node: Any) -> Any:
     return node
 
 
-def _with_lines(text: str, at: int, end: str, lines: list[str]) -> str:
-    """The text with lines after that of a place in it."""
-    cut_at = text.find("\n", max(0, at - 1)) + 1
-    before = text[:cut_at] if cut_at else text + end
-    return before + "".join(line + end for line in lines) + (text[cut_at:] if cut_at else "")
+def _with_lines(text: str, node: Any, lines: list[str]) -> str:
+    """The text with lines after that on which a node ends."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    ends = text.find("\n", max(0, node.end_mark.index - 1)) + 1  # 0: it is the last line, and open
+    before = text[:ends] if ends else text + end
+    return before + "".join(line + end for line in lines) + (text[ends:] if ends else "")
 
 
 def _scalar(value: Any) -> str:
