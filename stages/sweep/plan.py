@@ -159,7 +159,7 @@ def _meaning(row: dict[str, Any]) -> str:
         said.append(f"FID is how far {row['images']:,} drawn images are from the real test images, lower is better{floor}.")
     if "accuracy" in row:
         real = f", and {row['accuracy_floor']:.1%} of real ones" if "accuracy_floor" in row else ""
-        said.append(f"A classifier recognises {row['accuracy']:.1%} of them as what was asked for{real}.")
+        said.append(f"A classifier recognises {row['accuracy']:.1%} of the drawn images as what was asked for{real}.")
     return " ".join(said)
 
 

@@ -144,7 +144,7 @@ def test_a_cell_alone_ends_with_its_score_what_it_means_its_picture_and_what_to_
     assert capsys.readouterr().out.splitlines() == [
         f"{CELL}  FID 0.83 ± 0.16 (floor 0.212)",
         "FID is how far 2,000 drawn images are from the real test images, lower is better; as many real images have 0.212, "
-        "the floor. A classifier recognises 95.0% of them as what was asked for, and 99.5% of real ones.",
+        "the floor. A classifier recognises 95.0% of the drawn images as what was asked for, and 99.5% of real ones.",
         f"Picture: samples/{CELL}/grid.png",
         "1 of 1 cells have the committed bits.",
         "Next:",
