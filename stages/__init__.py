@@ -7,7 +7,8 @@ import re
 import signal
 import sys
 
-if not all(importlib.util.find_spec(name) for name in ("pydantic", "torch", "safetensors")):
+needed = ("pydantic", "torch", "safetensors") if sys.orig_argv[1:2] == ["-m"] else ("torch", "safetensors")  # drawing needs no more
+if not all(importlib.util.find_spec(name) for name in needed):
     sys.exit(
         f"naqsh: {sys.executable} is not the project's environment. Run `make repro`, or `. .venv/bin/activate` before `dvc repro`."
     )

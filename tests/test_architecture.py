@@ -25,7 +25,7 @@ KNOWS = {  # which rooms a room imports, beside itself; "" are the stages
     "drawing": ("diffusion", "networks", "datasets", "errors"),
     "pipeline": ("diffusion", "networks", "datasets", "fidelity", "drawing", "errors"),
     "tracking": ("diffusion", "pipeline", "errors"),
-    "sweep": ("tracking", "pipeline", "errors"),
+    "sweep": ("tracking", "pipeline", "drawing", "errors"),
     "": ("diffusion", "networks", "datasets", "fidelity", "training", "drawing", "pipeline", "tracking", "errors"),
 }
 SCIENCE = ("diffusion", "networks", "datasets", "fidelity", "training", "drawing")

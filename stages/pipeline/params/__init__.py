@@ -27,7 +27,7 @@ from stages.pipeline.params.schema import (
     find_training,
     parts,
 )
-from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml
+from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml, section
 
 __all__ = [
     "PARAMS",
@@ -60,4 +60,5 @@ __all__ = [
     "parse_yaml",
     "parts",
     "read_yaml",
+    "section",
 ]
