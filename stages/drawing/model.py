@@ -123,16 +123,13 @@ class Model:
             "train.label_dropout: 0; set guidance to 0",
         )
         lowest, highest = guidance_interval
-        chain = Chain(
-            (self.net, self.about),
-            self.schedule,
-            self.T,
-            seed,
-            guidance=Guidance(guidance, (lowest, highest), clip_x0),
-            chunk=chunk,
-            bf16=precision == "bf16",
-            workers=workers or torch.get_num_threads(),
-        )
+        how_guided = Guidance(guidance, (lowest, highest), clip_x0)
+        bf16, workers = precision == "bf16", workers or torch.get_num_threads()
+        network = (self.net, self.about)
+        try:
+            chain = Chain(network, self.schedule, self.T, seed, guidance=how_guided, chunk=chunk, bf16=bf16, workers=workers)
+        except ValueError as error:  # the schedule has no such T
+            raise UserError(f"{self.name}: {error}") from None
         _check(
             bool(chain.alpha_bar[-1] > 0) or (sampler != "heun" and spacing not in IN_SIGMA),
             f"{self.name} starts at a zero SNR, where heun, {' and '.join(IN_SIGMA)} cannot; use 'trailing', another sampler",
@@ -169,8 +166,9 @@ def class_number(label: str | SupportsIndex, class_names: Sequence[str]) -> int:
 
 
 def listed(class_names: Sequence[str]) -> str:
-    """The classes, each with its number where that is not its name; the first of many."""
-    shown = [name if name == str(y) else f"{name} ({y})" for y, name in enumerate(class_names[:MOST_NAMED])]
+    """The classes, each with its number where names are no numbers; the first of many."""
+    alone = all(map(_is_number, class_names))  # then no number is another class
+    shown = [name if alone else f"{name} ({y})" for y, name in enumerate(class_names[:MOST_NAMED])]
     return ", ".join(shown) + f" and {len(class_names) - MOST_NAMED} more" * (len(class_names) > MOST_NAMED)
 
 

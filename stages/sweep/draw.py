@@ -93,13 +93,13 @@ def draw(asked: Asked) -> Iterator[str]:
     model = load(str(cell))
     todo = _set(model, n, labels_of(model, wanted), _how(sample, loaded), out)
     seconds, drawn = write(todo)
-    before = f"; {n - drawn:,} were there" * (drawn < n)
+    how_long = f"{drawn:,} drawn in {seconds:.1f} s" + f", {n - drawn:,} were there" * (drawn < n)
     if out:
-        yield f"{out}: {n:,} images, a folder for each class; {drawn:,} drawn in {seconds:.1f} s{before}"
+        yield f"{out}: {n:,} images, a folder for each class; {how_long}"
         yield f"`reader: folder` with `path: {out}` takes it as a dataset"
     else:
-        yield f"{drawn:,} images drawn in {seconds:.1f} s{before}: {todo.path(0)}" + f" to {todo.path(n - 1).name}" * (n > 1)
-        yield f"Grid: {save_grid(todo)}"
+        yield f"{todo.path(0)}" + f" to {todo.path(n - 1).name}" * (n > 1) + f": {how_long}"
+        yield f"Grid{f' of the first {SHOWN}' * (n > SHOWN)}: {save_grid(todo)}"
 
 
 # What is asked for
