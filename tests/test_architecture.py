@@ -371,6 +371,7 @@ def test_data_deps_are_made_by_an_earlier_stage() -> None:
         ("import stages.compare", "torch"),
         ("import stages.sweep.plan", "torch"),
         ("import stages.tracking.mirror", "mlflow"),
+        ("import stages.sweep.draw", "mlflow"),
         ("import stages.evaluate", "matplotlib"),
         ("from stages.diffusion import schedules; [schedules.find(name) for name in schedules.names()]", "torch"),
         ("from stages import train; train._set_kernels(deterministic=False)", "torch._inductor"),
