@@ -20,7 +20,7 @@ from stages.drawing.model import Model, load
 from stages.errors import UserError
 from stages.pipeline import grids, paths, processes
 from stages.pipeline.params import Cell
-from stages.sweep import draw
+from stages.sweep import draw, drawings
 
 ROOT = Path(__file__).parents[2]
 CELL, OTHER = Cell("mnist", "cosine", 25, 0), Cell("mnist", "linear", 25, 0)
@@ -316,8 +316,8 @@ def test_odd_class_names_stay_inside_and_apart(tmp_path: Path) -> None:
 def test_a_grid_has_equal_labels_below_each_other(tree: Path, n: int, labels: int, size: tuple[int, int]) -> None:
     for i in range(n):
         grids.save_png(tree / f"{i:06d}-x.png", np.full((2, 2), i % 256, np.uint8))
-    todo = draw.Set(load(str(CELL)), tree, n, range(labels), dict.fromkeys(range(labels), "x"), False, {"seed": 0}, {})
-    grid = np.asarray(Image.open(draw.save_grid(todo)))
+    todo = drawings.Set(load(str(CELL)), tree, n, range(labels), dict.fromkeys(range(labels), "x"), False, {"seed": 0}, {})
+    grid = np.asarray(Image.open(drawings.save_grid(todo)))
     assert grid.shape == (2 * (3 * size[1] + 1), 2 * (3 * size[0] + 1))
     assert grid[2, 2:-1:6].tolist() == [i % 256 for i in range(size[0])]
 
