@@ -168,8 +168,8 @@ def test_images_without_labels_take_none() -> None:
 
 @pytest.mark.usefixtures("tree")
 def test_a_set_is_a_dataset(tmp_path: Path) -> None:
-    lines = run(CELL=GLYPHS, N=40, OUT="out")
-    assert lines[0].startswith("out: 40 images, a folder for each class; 40 drawn in ")
+    lines = run(CELL=GLYPHS, N=100, OUT="out")
+    assert lines[0].startswith("out: 100 images, a folder for each class; 100 drawn in ")
     assert lines[1] == "`reader: folder` with `path: out` takes it as a dataset"
     (raw := tmp_path / "raw").mkdir()
     folder.fetch(raw, path="out")
@@ -179,7 +179,7 @@ def test_a_set_is_a_dataset(tmp_path: Path) -> None:
     read = {
         (image.numpy().tobytes(), found.class_names[y]) for split in found.splits.values() for image, y in zip(*split, strict=True)
     }
-    labels = ["۰", "۵", "ب", "ا"] * 10
+    labels = ["۰", "۵", "ب", "ا"] * 25
     assert read == {(image.tobytes(), label) for image, label in zip(pixels(GLYPHS, labels), labels, strict=True)}
 
 
