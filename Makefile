@@ -13,11 +13,14 @@ endif
 # One process more than there are cores: some tests wait.
 PYTEST = pytest --numprocesses "$$(($$(getconf _NPROCESSORS_ONLN) + 1))" --dist loadfile --no-loadscope-reorder
 
+# The names of what was set on the command line.
+ASKED = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+
 export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help repro data test test-all lint ui sync experiments profile cards bench prune lock
+.PHONY: help repro draw data test test-all lint ui sync experiments profile cards bench prune lock
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,6 +29,9 @@ help: ## this list
 
 repro: $(VENV)/.installed ## make every result that is missing or out of date; JOBS=n: n at a time, CELL=name: that cell alone
 	@$(ENTER) exec python -m stages.sweep.runner $(if $(JOBS),--jobs "$(JOBS)") $(if $(CELL),--cell "$(CELL)")
+
+draw: $(VENV)/.installed ## draw with a trained network: CELL=name LABELS=3,1,4 N=16; SEED= STEPS= SAMPLER= GUIDANCE=; OUT=folder for a set
+	@$(ENTER) exec python -m stages.sweep.draw $(foreach name,$(filter-out VENV PYTHON TORCH,$(ASKED)),$(name)="$$$(name)")
 
 data: $(VENV)/.installed ## look at images of your own and add them: make data NAME=my_letters PATH=/a/folder/or.zip
 	@$(ENTER) python -m stages.pipeline.own_data -- "$(NAME)" "$$IMAGES"

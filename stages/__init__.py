@@ -7,7 +7,10 @@ import re
 import signal
 import sys
 
-if not all(importlib.util.find_spec(name) for name in ("pydantic", "torch", "safetensors")):
+program = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] else ""
+needed = ("torch", "safetensors", *(["pydantic"] if program.startswith("stages.") else []))  # who draws from Python needs no more
+
+if not all(importlib.util.find_spec(name) for name in needed):
     sys.exit(
         f"naqsh: {sys.executable} is not the project's environment. Run `make repro`, or `. .venv/bin/activate` before `dvc repro`."
     )
@@ -23,9 +26,9 @@ if "DVC_STAGE" in os.environ:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, until the stage has a way of its own
     from stages.pipeline import inputs  # noqa: F401  # before all that a stage is made of is imported
 
-if os.environ.get("NAQSH_WARM", "0") != "0" and sys.orig_argv[1:2] == ["-m"] and re.fullmatch(r"stages\.\w+", sys.orig_argv[2]):
+if os.environ.get("NAQSH_WARM", "0") != "0" and re.fullmatch(r"stages\.\w+", program):
     from stages.sweep import warm  # imports little
 
-    code = warm.ask(sys.orig_argv[2], sys.orig_argv[3:])
+    code = warm.ask(program, sys.orig_argv[3:])
     if code is not None:
         sys.exit(code)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.drawing.chain import Chain, Drawn, Guidance, How, class_sequence
+from stages.drawing.network import load_network
 from stages.drawing.weights import load_tensors
 from stages.pipeline import checkpoint, grids, params, paths, processes
 from stages.pipeline.checkpoint import save_tensors
@@ -59,7 +60,7 @@ def chain_of(cell: params.Cell, sample: params.Sample, weights: Path, counts: Se
     lowest, highest = sample.guidance_interval
     guidance = Guidance(sample.guidance, (lowest, highest), sample.clip_x0)
     return Chain(
-        weights,
+        load_network(weights),
         cell.schedule,
         cell.T,
         sample.seed,

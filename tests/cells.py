@@ -42,6 +42,27 @@ def record(cell: Cell, *, last: str) -> None:
     dump_yaml("dvc.lock", {"schema": "2.0", "stages": entries})
 
 
+def make_network(cell: Cell, *class_names: str, **changes: object) -> Path:
+    """Weights of a network that was never trained; it draws 8 x 8 pixels all the same. `changes`: of what its file says."""
+    import torch
+
+    from stages.networks.unet import UNet
+    from stages.pipeline import checkpoint
+
+    network = {"stem_resolution": 8, "base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_levels": []}
+    network |= {"conditional": True}
+    about = {"class_names": class_names, "num_classes": len(class_names), "size": 8, "levels": cell.schedule, "images": 64}
+    about |= {"logsnr": [-28.0, 14.0], "machines": [], "network": network, "train": {"label_dropout": 0.1, "shared": False}}
+    about |= {"diffusion": {"prediction": "v", "reference_size": 28, "zero_terminal_snr": False}} | changes
+    torch.manual_seed(0)
+    net = UNet(size=8, num_classes=len(class_names), **about["network"])
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    path = paths.weights(str(cell.training)) / "ema.safetensors"
+    checkpoint.save_tensors(path, net.state_dict(), **about)
+    return path
+
+
 def make_previews(cell: Cell, *reports: int) -> None:
     """An archive of preview grids."""
     folder = Path(".previews")

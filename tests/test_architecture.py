@@ -25,7 +25,7 @@ KNOWS = {  # which rooms a room imports, beside itself; "" are the stages
     "drawing": ("diffusion", "networks", "datasets", "errors"),
     "pipeline": ("diffusion", "networks", "datasets", "fidelity", "drawing", "errors"),
     "tracking": ("diffusion", "pipeline", "errors"),
-    "sweep": ("tracking", "pipeline", "errors"),
+    "sweep": ("tracking", "pipeline", "drawing", "errors"),
     "": ("diffusion", "networks", "datasets", "fidelity", "training", "drawing", "pipeline", "tracking", "errors"),
 }
 SCIENCE = ("diffusion", "networks", "datasets", "fidelity", "training", "drawing")
@@ -372,6 +372,7 @@ def test_data_deps_are_made_by_an_earlier_stage() -> None:
         ("import stages.compare", "torch"),
         ("import stages.sweep.plan", "torch"),
         ("import stages.tracking.mirror", "mlflow"),
+        ("import stages.sweep.draw", "mlflow"),
         ("import stages.evaluate", "matplotlib"),
         ("from stages.diffusion import schedules; [schedules.find(name) for name in schedules.names()]", "torch"),
         ("from stages import train; train._set_kernels(deterministic=False)", "torch._inductor"),

@@ -1,11 +1,10 @@
-"""From weights, labels and a seed to images. Image i is a function of (weights, seed, i) alone, whatever is drawn beside it."""
+"""From weights, labels and a seed to images. Image i is a function of (weights, seed, i, its label) alone."""
 
 import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from stages.diffusion.guidance import denoiser
 from stages.diffusion.samplers import Steps
 from stages.diffusion.schedules import logsnr_shift, noise_levels
 from stages.diffusion.spacings import spaced
-from stages.drawing.network import load_network
+from stages.networks.unet import UNet
 
 FRAMES = 40  # kept of a chain at most
 
@@ -67,10 +66,10 @@ class Chain:
     """A network, and the chains of noise levels that lead from noise to its images.
 
     Args:
-        weights: a safetensors file that `train` wrote.
+        network: and what its file says of it, as `load_network` gives them.
         schedule, T: whose noise levels the chain visits.
         seed: of the noise.
-        counts: how often each class is drawn: see `class_sequence`.
+        counts: how often each class is drawn where `draw` gets no labels: see `class_sequence`.
         chunk: the network always runs on this many images; part of what fixes the bits.
         bf16: precision of the network's arithmetic; else float32.
         workers: how many chunks are drawn side by side on a CPU; no bit depends on it.
@@ -78,18 +77,18 @@ class Chain:
 
     def __init__(
         self,
-        weights: Path,
+        network: tuple[UNet, dict[str, Any]],
         schedule: str,
         T: int,
         seed: int,
         *,
-        counts: Sequence[int],
+        counts: Sequence[int] = (),
         guidance: Guidance,
         chunk: int,
         bf16: bool,
         workers: int,
     ) -> None:
-        self.net, self.about = load_network(weights)
+        self.net, self.about = network
         self.device = next(self.net.parameters()).device
         self.workers = workers if self.device.type == "cpu" else 1
         self.seed, self.counts, self.chunk, self.bf16, self.guidance = seed, counts, chunk, bf16, guidance
@@ -99,28 +98,49 @@ class Chain:
         shift = logsnr_shift(self.size, self.about["diffusion"]["reference_size"])
         self.guidance_interval = (guidance.interval[0] + shift, guidance.interval[1] + shift)
 
-    def draw(self, n: int, how: How, *, evaluated: Callable[[int], None] = lambda _: None) -> Drawn:
-        """n images, drawn in chunks of one size; a chunk that is asked for in part is drawn whole.
+    def draw(
+        self,
+        n: int,
+        how: How,
+        *,
+        first: int = 0,
+        labels: Tensor | None = None,
+        evaluated: Callable[[int], None] = lambda _: None,
+    ) -> Drawn:
+        """n images, from number `first` on, drawn in chunks of one size; a chunk that is asked for in part is drawn whole.
 
         On a CPU every worker draws chunks of its own, on one thread: faster than all at one chunk, and the same bits with any
         number of workers.
 
         Args:
+            labels: (n,) int64, what each image is of; without them the classes come at their frequencies.
             evaluated: told, from any thread, of how many images made a step.
         """
-        starts, drawn, stop = range(0, n, self.chunk), Drawn(torch.empty(0)), threading.Event()
+
+        def labels_of(index: Tensor) -> Tensor:
+            if labels is None:
+                return class_sequence(index, self.counts)
+            return labels.to(index.device)[(index - first).clamp(0, n - 1)]  # those around `n` are drawn, and left out
+
+        starts, drawn, stop = range(first - first % self.chunk, first + n, self.chunk), Drawn(torch.empty(0)), threading.Event()
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 chunks, evaluations = zip(
-                    *pool.map(lambda first: self._chunk(first, how, drawn, evaluated, stop), starts), strict=True
+                    *pool.map(lambda start: self._chunk(start, labels_of, how, drawn, evaluated, stop), starts), strict=True
                 )
             finally:
                 stop.set()  # when this thread is interrupted, no other goes on
-        drawn.images, drawn.evaluations = torch.cat(chunks)[:n], evaluations[0] // self.chunk
+        drawn.images, drawn.evaluations = torch.cat(chunks)[first - starts[0] :][:n], evaluations[0] // self.chunk
         return drawn
 
     def _chunk(
-        self, first: int, how: How, drawn: Drawn, evaluated: Callable[[int], None], stop: threading.Event
+        self,
+        start: int,
+        labels_of: Callable[[Tensor], Tensor],
+        how: How,
+        drawn: Drawn,
+        evaluated: Callable[[int], None],
+        stop: threading.Event,
     ) -> tuple[Tensor, int]:
         """The images of a chunk, and for how many images the network was evaluated."""
         runs, shown_at = 0, {round(k * (how.steps - 1) / (FRAMES - 1)) for k in range(FRAMES)}
@@ -132,8 +152,8 @@ class Chain:
                 return self.net(x, logsnr, y)
 
         with torch.inference_mode():  # for this thread
-            for k, (x, x0_hat) in enumerate(self._steps(network, first, how)):
-                if first == 0 and k in shown_at:
+            for k, (x, x0_hat) in enumerate(self._steps(network, start, labels_of, how)):
+                if start == 0 and k in shown_at:
                     drawn.frames.append((to_uint8(x).cpu(), to_uint8(x0_hat).cpu()))
                 evaluated(self.chunk)
                 if stop.is_set():
@@ -149,12 +169,12 @@ class Chain:
         """The labels that were asked for: -1 where the network knows none."""
         return labels if self.about["network"]["conditional"] else torch.full_like(labels, -1)
 
-    def _steps(self, network: Network, first: int, how: How) -> Steps:
-        index = torch.arange(first, first + self.chunk, device=self.device)
+    def _steps(self, network: Network, start: int, labels_of: Callable[[Tensor], Tensor], how: How) -> Steps:
+        index = torch.arange(start, start + self.chunk, device=self.device)
         denoise = denoiser(
             network,
             self.about["diffusion"]["prediction"],
-            class_sequence(index, self.counts),
+            labels_of(index),
             unlabelled=self.about["num_classes"],
             guidance=self.guidance.strength,
             guidance_interval=self.guidance_interval,

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stages.drawing import place
+
 AXES = {1: ("dataset",), 3: ("dataset", "schedule", "seed"), 4: ("dataset", "schedule", "T", "seed")}
 """What the parts of a name are: of a dataset, of what all T of a schedule share, of a cell."""
 
@@ -79,7 +81,7 @@ def reference(dataset: str) -> Path:
 
 def weights(training: str) -> Path:
     """Folder of ema.safetensors, raw.safetensors and previews.zip."""
-    return Path("models/networks") / training
+    return place.network(training)
 
 
 def samples(cell: str) -> Path:

@@ -28,7 +28,7 @@ from stages.pipeline.params.schema import (
     find_training,
     parts,
 )
-from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml, with_dataset
+from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml, section, with_dataset
 
 __all__ = [
     "PARAMS",
@@ -62,5 +62,6 @@ __all__ = [
     "parse_yaml",
     "parts",
     "read_yaml",
+    "section",
     "with_dataset",
 ]

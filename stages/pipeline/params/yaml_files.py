@@ -143,6 +143,15 @@ def _overwrite(values: Any, changes: dict[str, Any], where: str) -> None:
             values[key] = change
 
 
+def section(name: str, values: dict[str, Any]) -> Any:
+    """A section with these values, as if params.yaml had them. Raises UserError, one line for each mistake."""
+    try:
+        return section_at((name,)).model_validate(values)
+    except ValidationError as error:
+        mistakes = [explain({**item, "loc": (name, *item["loc"])}, section_at) for item in error.errors()]
+        raise UserError("\n".join(mistakes)) from None
+
+
 def _check(raw: Any, path: Path) -> Params:
     try:
         return Params.model_validate(raw)
