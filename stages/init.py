@@ -6,17 +6,15 @@ what it was itself. `dvc repro -f init` takes them anew.
     python -m stages.init
 """
 
-import re
 from pathlib import Path
 
+from stages.drawing import place
 from stages.drawing.weights import load_tensors, tensors_sha256
 from stages.errors import UserError
 from stages.pipeline import paths
 from stages.pipeline.checkpoint import save_tensors
 from stages.pipeline.dvc_forms import workspace
 from stages.pipeline.stage import run
-
-NAME = re.compile(r"([a-z0-9_]+-[a-z_]+)(?:-\d+)??(-\d+)")  # of a cell, or of a network
 
 
 def main(train__init: str | None) -> None:
@@ -33,16 +31,16 @@ def main(train__init: str | None) -> None:
 
 
 def file_of(named: str) -> Path:
-    """The file of weights that `train.init` names: a cell's, a network's, or one by its path, from the root of the repository."""
+    """The file of weights that `train.init` names: a cell's, or one by its path, from the root of the repository."""
     if named.endswith(".safetensors"):
         return workspace() / Path(named).expanduser()
-    if found := NAME.fullmatch(named):
-        return paths.weights("".join(found.groups())) / "ema.safetensors"
+    if found := place.named(named):
+        return place.network(found.training) / place.EMA
     raise UserError(f"train.init = {named} is no cell and no .safetensors file; {_known()}")
 
 
 def _known() -> str:
-    names = sorted(path.parent.name for path in paths.weights("x").parent.glob("*/ema.safetensors"))
+    names = sorted(path.parent.name for path in place.network("*").parent.glob(f"*/{place.EMA}"))
     return f"networks that are here: {', '.join(names)}" if names else "no network was trained here yet"
 
 

@@ -292,7 +292,7 @@ class Network(Section):
 class Train(Section):
     """Optimisation; lengths are counted in images. `images` is a list of phases, each a learning-rate schedule of its own.
 
-    `longer` names datasets that train so many times as long; `init` a cell, a network or a file of weights to begin with.
+    `longer` names datasets that train so many times as long; `init` a cell, or a file of weights, to begin with.
     """
 
     shared: bool
