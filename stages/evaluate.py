@@ -94,8 +94,15 @@ class Judge:
         if metric.of_covariance and self.real.gaussian.n < min_scored:
             return f"the test split has {self.real.gaussian.n} images, fewer than evaluate.min_scored = {min_scored}"
         if metric.of_neighbours and self.neighbours(n) <= K:
-            return f"validation and test have too few images to draw {K + 1} at the frequencies of the classes"
+            return f"validation and test have too few images for sets with {K + 1} of each class"
         return ""
+
+    def why_no_floor(self, n: int) -> str:
+        """Why there is no floor of a set of n."""
+        largest = self.floors["sets"].get(str(n), {}).get("largest")
+        if largest is None:
+            return f"no floor of {n} images was measured"
+        return f"the validation split gives sets of at most {largest} images, at the frequencies of the classes, not of {n}"
 
     def floor(self, name: str, n: int) -> float | None:
         """What real images score: n of them, where the metric depends on how many; None where that was not measured."""
@@ -109,9 +116,9 @@ class Judge:
 def score_set(judge: Judge, images: Tensor, labels: Tensor, min_scored: int) -> Json:
     """Scores of one set of samples.
 
-    Metrics that depend on N are left out below `min_scored` images, where `scored` is false; their floor holds for one N only
-    and is null at another. `not_measured` says of each score, or floor, that is missing why. `validation_fid` is FID against the
-    validation split: for choices, whatever the number of its images.
+    Metrics that depend on N are null below `min_scored` images, where `scored` is false; their floor holds for one N only and is
+    null at another. `not_measured` says of each score, or floor, that is null why. `validation_fid` is FID against the validation
+    split: for choices, whatever the number of its images, so without a floor.
 
     Args:
         judge: of the dataset.
@@ -121,19 +128,19 @@ def score_set(judge: Judge, images: Tensor, labels: Tensor, min_scored: int) -> 
     """
     fake = Fake(*classify(judge.classifier, map(to_float, images.split(CHUNK))), labels)
     some = fake.part(0, judge.neighbours(fake.n))
-    scores: Json = {"images": fake.n, "scored": min_scored <= fake.n, "neighbours": some.n}
+    scores: Json = {"images": fake.n, "scored": min_scored <= fake.n}
     missing: dict[str, str] = {}
     for name, metric in METRICS.items():
-        if why := judge.why_not(metric, fake.n, min_scored):
-            missing[name] = why
-            continue
-        found = metric.measure(judge.real, some if metric.of_neighbours else fake)
+        why = judge.why_not(metric, fake.n, min_scored)
+        found = None if why else metric.measure(judge.real, some if metric.of_neighbours else fake)
         scores[name] = found and Score(*found, judge.floor(name, fake.n)).to_json()
-        if found and metric.depends_on_n and scores[name]["floor"] is None:
-            missing[f"{name}_floor"] = f"the validation split has {judge.validation.n} images, too few for a set of {fake.n}"
+        if found is None:
+            missing[name] = why or metric.undefined
+        elif metric.depends_on_n and scores[name]["floor"] is None:
+            missing[f"{name}_floor"] = judge.why_no_floor(fake.n)
     if scores["scored"]:
         choice = frechet_distance(judge.validation, fit_gaussian(fake.features))
-        scores["validation_fid"] = Score(choice).to_json()
+        scores |= {"validation_fid": Score(choice).to_json(), "neighbours": some.n}
     return scores | {"not_measured": missing, "class_histogram": class_histogram(fake.probabilities).tolist()}
 
 

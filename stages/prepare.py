@@ -40,6 +40,9 @@ def main(dataset: str, data: params.DataSection) -> None:
         except UserError as error:
             raise UserError(f"data.{dataset}: {error}") from None
         digests = {str(file.relative_to(raw)): _sha256(file) for file in sorted(raw.rglob("*")) if file.is_file()}
+    for name, (_, y) in found.splits.items():
+        if len(y) < 2:
+            raise UserError(f"data.{dataset}: the {name} split has {len(y)} image, and needs 2 or more; give it a larger share")
     train, y_train = found.train
     classes = len(found.class_names)
     mean, std = mean_and_std(train)

@@ -97,20 +97,23 @@ def in_turn(like: Tensor, N: int) -> Tensor:
 def floors_of_sets(real: Real, split: Fake, others: Fake, N: int) -> dict[str, Any]:
     """Mean and sd over sets of N validation images, of each metric that depends on N; null where there is no set.
 
-    Metrics of neighbours are measured on sets of `neighbours` images: N, or as many as both splits have.
+    Metrics of neighbours are measured on sets of `neighbours` images: N, or as many as both splits have. Where that is less than a
+    ball's K + 1 images of each class, all balls would reach into other classes, and cover what lies between.
 
     Args:
         split: the test split. others: the validation split.
     """
-    n = most_drawn(others.labels, split.labels, min(N, split.n))
+    largest = most_drawn(others.labels, split.labels, N)
+    n = min(largest, split.n)
+    enough = n >= (K + 1) * np.count_nonzero(real.class_frequencies)
     sets = {size: draws_of(others, split.labels, size) for size in {n, N}}
     measured = {
         name: [metric.measure(real, each) for each in sets[n if metric.of_neighbours else N]]
         for name, metric in METRICS.items()
-        if metric.depends_on_n and (n > K or not metric.of_neighbours)
+        if metric.depends_on_n and (enough or not metric.of_neighbours)
     }
-    scores = {name: _mean_and_sd(found) for name, found in measured.items()}
-    return {"draws": len(sets[N]), "neighbours": n, **scores}
+    scores = {name: _mean_and_sd(measured.get(name, [])) for name, metric in METRICS.items() if metric.depends_on_n}
+    return {"draws": len(sets[N]), "largest": largest, "neighbours": n if enough else 0, **scores}
 
 
 def most_drawn(labels: Tensor, like: Tensor, N: int) -> int:

@@ -74,7 +74,7 @@ def main(
     # Read the images and build the network. What is needed to build it again travels with the weights.
     split = _split(training.dataset, train.validation_images, checkpoint.device())
     state = begin(training, split, diffusion, network, train)
-    begun_with = _take(state, training, split.class_names)
+    begun_with, left = _take(state, split.class_names)
     about = {"levels": levels_name(training, train), "logsnr": logsnr(state.alpha_bar[[-1, 0]]).tolist(), "seed": training.seed}
     about |= {"size": split.size, "num_classes": len(split.class_names), "class_names": split.class_names}
     about |= {"network": network.model_dump(), "diffusion": diffusion.model_dump(), "train": train.model_dump(), **begun_with}
@@ -83,7 +83,7 @@ def main(
     # Train, from where an earlier process was stopped.
     with checkpoint.unfinished(names[-1]) as work:
         job = Job(str(training), state, split, work, names, train.shared, about)
-        taken = _resume(job)
+        taken = _resume(job, left)
         _train(job, listener, runtime.checkpoint_seconds)
         _publish(job)
     if taken:
@@ -245,8 +245,11 @@ def _publish(job: Job) -> None:
     _write_curve(paths.loss_curve(job.name), job.record.curve)
 
 
-def _resume(job: Job) -> bool:
-    """Set the state to where the training stands; whether it is that of a shared network, and over already."""
+def _resume(job: Job, left: list[str]) -> bool:
+    """Set the state to where the training stands; whether it is that of a shared network, and over already.
+
+    `left`: parts of the network that do not begin with the weights of train.init.
+    """
     _restore(job)
     step, end = job.state.step, job.state.timetable.end
     taken = job.shared and step == end
@@ -258,6 +261,8 @@ def _resume(job: Job) -> bool:
         if here != machines[-1]:
             print(f"{job.name}: begun on {_told(machines[-1])}, here it is {_told(here)}: the bits will be of both", flush=True)
     else:
+        if init := job.about["train"]["init"]:
+            print(f"{job.name}: begins with the weights of {init}{', but for ' + ', '.join(left) if left else ''}", flush=True)
         _draw(job, 0)
     if not taken and here not in machines[-1:]:
         machines.append(here)
@@ -307,15 +312,18 @@ def begin(
     return State.begin(net, recipe, timetable, on_device, training.seed)
 
 
-def _take(state: State, training: params.Training, class_names: list[str]) -> dict[str, Any]:
-    """Begin with the weights of train.init, where it names some; what the file of the new weights says of them."""
+def _take(state: State, class_names: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Begin with the weights of train.init, where it names some.
+
+    Returns:
+        what the file of the new weights says of them, and the parts of the network that begin with random ones all the same.
+    """
     weights, about = load_tensors(paths.INIT)
     if not weights:
-        return {}
-    left = take(state.net, class_names, weights, about)
+        return {}, []
+    left = take(state.net, class_names, state.recipe.prediction, weights, about)
     state.average.load_state_dict(state.net.state_dict())
-    print(f"{training}: begins with {about['init']}{', but for ' + ', '.join(left) if left else ''}", flush=True)
-    return {"init": about["init"], "init_sha256": about["sha256"]}
+    return {"init_sha256": about["sha256"]}, left
 
 
 def levels(training: params.Training, size: int, diffusion: params.Diffusion, train: params.Train) -> Alphas:

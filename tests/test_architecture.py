@@ -44,6 +44,7 @@ NAMED = [path for path in SOURCES if re.fullmatch(r"stages/diffusion/(schedules|
 DECIDING = {"stages/pipeline/grids.py", "stages/pipeline/figures.py", "stages/tracking/results.py"}
 # What decides none, though it lies in a room that does: it reads what is there, or refuses.
 READING = "stages/drawing/weights.py"
+DEFAULTS = {"prepare": {"stages/pipeline/params/data.py"}}  # of options that decide pixels, where params.yaml does not say them
 # Previews are a glance at a training. How they are laid out, and by which sampler they are drawn, never trains a model again.
 GLANCED_AT = {"train": {"stages/pipeline/grids.py"}}
 
@@ -224,7 +225,9 @@ def used_by_plumbing(source: str, sources: dict[str, str]) -> Iterator[str]:
 def test_code_deps_are_the_import_closure_and_what_is_found_by_name(stage: str) -> None:
     listed = [dep for dep in GRAPH[stage]["deps"] if dep.endswith(".py")]
     assert len(listed) == len(set(listed))
-    assert {dep for dep in listed if "${" not in dep} == closure(f"stages/{stage}.py", SOURCES) - GLANCED_AT.get(stage, set())
+    assert {dep for dep in listed if "${" not in dep} == (
+        closure(f"stages/{stage}.py", SOURCES) - GLANCED_AT.get(stage, set()) | DEFAULTS.get(stage, set())
+    )
     assert {dep for dep in listed if "${" in dep} == {
         f"stages/diffusion/{folder}/{name}.py" for folder, names in found_by_name(stage).items() for name in names
     }

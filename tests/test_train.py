@@ -182,15 +182,15 @@ def test_a_training_begins_with_the_weights_of_another(sections, capsys):
     init.main("toy-cosine-5-4")
     train.main(NETWORK, *short)
     again, about = checkpoint.load_tensors(paths.weights(str(NETWORK)) / "raw.safetensors")
-    assert "toy-cosine-3: begins with toy-cosine-5-4\n" in capsys.readouterr().out
-    assert about["init"] == "toy-cosine-5-4"
+    assert "toy-cosine-3: begins with the weights of toy-cosine-5-4\n" in capsys.readouterr().out
+    assert about["train"]["init"] == "toy-cosine-5-4"
     assert len(about["init_sha256"]) == 64
     assert all(torch.allclose(again[name], first[name], atol=1e-5) for name in again)
     assert all(torch.allclose(learnt_weights(NETWORK)[name], first[name], atol=1e-5) for name in again)
     init.main(None)
     train.main(NETWORK, *changed(short, init=None))
     assert not all(torch.allclose(learnt_weights(NETWORK)[name], first[name], atol=1e-2) for name in again)
-    assert "init" not in checkpoint.load_tensors(paths.weights(str(NETWORK)) / "raw.safetensors")[1]
+    assert "init_sha256" not in checkpoint.load_tensors(paths.weights(str(NETWORK)) / "raw.safetensors")[1]
 
 
 def test_of_other_weights_to_begin_with_it_is_another_training(sections, killed_at, tmp_path):

@@ -45,6 +45,8 @@ class Metric(NamedTuple):
     """Whether it compares as many samples with as many real images; a small split has fewer than N."""
     of_covariance: bool = False
     """Whether it needs many real images, for their covariance."""
+    undefined: str = ""
+    """Why it has no value where `measure` gives none."""
     floor: float | None = None
     """What real images score by definition; None: `reference` measures it."""
 
@@ -54,7 +56,9 @@ METRICS = {
     "class_tv": Metric(class_tv),
     "precision": Metric(precision, of_neighbours=True),
     "recall": Metric(recall, of_neighbours=True),
-    "accuracy": Metric(accuracy, depends_on_n=False),
+    "accuracy": Metric(accuracy, depends_on_n=False, undefined="the network was told no labels"),
     "confident": Metric(confident, depends_on_n=False),
-    "confident_ratio": Metric(confident_ratio, depends_on_n=False, floor=1.0),
+    "confident_ratio": Metric(
+        confident_ratio, depends_on_n=False, undefined="the classifier is confident of no real image", floor=1.0
+    ),
 }

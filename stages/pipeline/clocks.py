@@ -43,7 +43,13 @@ def read(stage: str, item: str, entry: dict[str, Any]) -> Clocks:
 
 
 def expected(name: str, what: str) -> float | None:
-    """What a stage measured last, here; else on the same dataset, else on any; None where it was never run.
+    """What a stage measured last, here; else on the same dataset, else on any; None where it was never run: see `latest`."""
+    found = latest(name, what)
+    return found and found[1]
+
+
+def latest(name: str, what: str) -> tuple[str, float] | None:
+    """The same with the stage that measured it.
 
     Args:
         name: as DVC has it, train@mnist-cosine-0.
@@ -54,7 +60,7 @@ def expected(name: str, what: str) -> float | None:
         for path in sorted(_folder(stage).glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True):
             found = _read(path).get(what)
             if isinstance(found, int | float):
-                return float(found)
+                return paths.stage_name(stage, path.name.partition(".")[0]), float(found)
     return None
 
 

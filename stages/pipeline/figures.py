@@ -61,7 +61,8 @@ def save_lines(
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.25, which="both" if log_y else "major")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:  # nothing may be measured of a small set
+            axes.legend(frameon=False, fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.drawing import place
 from stages.errors import UserError, sound
 from stages.pipeline import params
 from stages.pipeline.dvc_forms import outputs, read_lock, recorded, workspace
@@ -48,9 +49,9 @@ def refuse_outputs(dataset: str, data: params.DataSection) -> None:
         if not (path := resolved(section.model_dump()).get("path")):
             continue
         source = Path(path).resolve()
-        for out, place in written:
-            if source == place or source in place.parents or place in source.parents:
-                how = "is" if source == place else "contains" if source in place.parents else "lies inside"
+        for out, written_at in written:
+            if source == written_at or source in written_at.parents or written_at in source.parents:
+                how = "is" if source == written_at else "contains" if source in written_at.parents else "lies inside"
                 raise UserError(
                     f"{key}.path = {section.path} {how} {out}, which a stage writes and DVC deletes; "
                     "keep your files in a folder of their own, outside of data/, models/, samples/ and metrics/"
@@ -64,14 +65,44 @@ def refuse_missing(dataset: str, data: params.DataSection) -> None:
         UserError: naming the key and the path.
     """
     entry = recorded(read_lock(), f"fetch@{dataset}").get("params") or {}
-    was, now = entry.get(str(params.PARAMS), {}).get(f"data.{dataset}", {}), data.model_dump(exclude_unset=True)
-    if _decisive(was) == _decisive(now):
+    was, now = entry.get(str(params.PARAMS), {}).get(f"data.{dataset}", {}), data.model_dump()
+    if was and _decisive(was) == _decisive(now):
         return
     before = _recall(dataset).get("seen", {})
     for key, section in params.parts(f"data.{dataset}", data):
         path = resolved(section.model_dump()).get("path")
         if path and path not in before and not _is_there(path):
             raise UserError(f"{key}.path = {section.path}: there is no such file or folder")
+
+
+def file_to_begin_with(named: str) -> Path:
+    """The file of weights that `train.init` names: a cell's, or one by its path. Raises UserError where it is not there."""
+    if named.endswith(".safetensors"):
+        path = Path(resolved({"path": named})["path"])
+    elif cell := place.named(named):
+        path = workspace() / place.network(cell.training) / place.EMA
+    else:
+        raise UserError(f"train.init = {named} is no cell and no .safetensors file; {_networks()}")
+    if not path.is_file():
+        raise UserError(f"train.init = {named}: {path} is missing; {_networks()}")
+    return path
+
+
+def _networks() -> str:
+    names = sorted(path.parent.name for path in (workspace() / place.network("")).glob(f"*/{place.EMA}"))
+    return f"networks that are here: {', '.join(names)}" if names else "no network was trained here yet"
+
+
+def remember_weights(named: str, path: Path) -> None:
+    """Remember what was taken of a file that `train.init` names."""
+    write_json(_memory("train.init"), {"named": named, "md5": md5(path)})
+
+
+def refuse_missing_weights(loaded: params.Params) -> None:
+    """Refuse a train.init that is not there, before anything runs, unless its weights were taken before, by dvc.lock."""
+    entry = recorded(read_lock(), "init").get("params") or {}
+    if loaded.train.init and entry.get(str(params.PARAMS), {}).get("train.init") != loaded.train.init:
+        file_to_begin_with(loaded.train.init)
 
 
 def _is_there(path: str) -> bool:
@@ -151,7 +182,17 @@ def changed(loaded: params.Params) -> list[str]:
                 same = f"{files} files, other names, sizes or times"
                 what = same if files == files_before else f"{files_before} files then, {files} now"
                 lines.append(f"{path} changed since {dataset} was fetched ({what}); `dvc repro -f fetch@{dataset}` takes it in")
-    return lines
+    return [*lines, *_changed_weights(loaded)]
+
+
+def _changed_weights(loaded: params.Params) -> Iterator[str]:
+    """A line where the file of train.init is another by now; the network of a cell that begins with itself always is."""
+    named, before = loaded.train.init, _recall("train.init")
+    cell = place.named(named) if named else None
+    if named and before.get("named") == named and not (cell and cell.training in map(str, loaded.sweep.trainings())):
+        with contextlib.suppress(UserError):  # it is gone, and what was taken of it stays
+            if before.get("md5") != md5(file_to_begin_with(named)):
+                yield f"{named} changed since trainings began with it; `dvc repro -f init` takes it in"
 
 
 @contextlib.contextmanager
@@ -187,7 +228,7 @@ def _decisive(options: dict[str, Any]) -> dict[str, Any]:
     return {
         name: {part: _decisive(inner) for part, inner in value.items()} if name == "of" else value
         for name, value in options.items()
-        if name in (*DECISIVE, "of")
+        if name in (*DECISIVE, "of") and value is not None
     }
 
 

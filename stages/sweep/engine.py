@@ -30,7 +30,9 @@ LOGS, OWN_LOCK = Path(".state/logs"), Path(".state/locks/repro.lock")
 LEAST_MIB = 1536  # of memory for a unit of which no peak is known
 PAUSE = 0.1  # seconds between two looks at what runs
 NOTES = re.compile(
-    r"^(?!MLflow: ).*(?:going on from|begun on|starting over|takes the network|waiting for it to end|emulates it).*$", re.MULTILINE
+    r"^(?!MLflow: ).*(?:going on from|begins with the weights|begun on|starting over|takes the network|waiting for it to end"
+    r"|emulates it).*$",
+    re.MULTILINE,
 )
 
 

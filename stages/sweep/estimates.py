@@ -1,5 +1,7 @@
 """How long units take: as when last timed here, else as on the machine that is told below."""
 
+import math
+
 from stages.pipeline import clocks, params, processes
 from stages.sweep import units
 from stages.sweep.units import Unit
@@ -12,6 +14,7 @@ AN_EXTRACTOR_IMAGE = 6e-4
 A_TRAINED_IMAGE = 2.7e-3  # of PIXELS in the network, and so is the next
 AN_EVALUATION = 4.3e-4
 PIXELS = 28**2
+PICTURE = 64  # pixels a side of images whose size is chosen by what they are
 GUIDED = 1.3  # evaluations a step: guidance takes a second one on a part of the chain
 
 UNTIMED = ("compare", "init")  # stages of no dataset, which have no clock
@@ -32,7 +35,7 @@ def outlook(todo: list[Unit], jobs: int, seconds: Seconds) -> str:
 
 
 def seconds_of(todo: list[Unit], loaded: params.Params) -> Seconds:
-    """How long units take, by what was last recorded here; a stage that was never timed here, by what it has to do.
+    """How long units take, by what was last recorded here, of another dataset or T too; else by what they have to do.
 
     None where that is not known: on a GPU.
     """
@@ -42,10 +45,14 @@ def seconds_of(todo: list[Unit], loaded: params.Params) -> Seconds:
 def _seconds_of(unit: Unit, loaded: params.Params) -> float | None:
     found = START
     for name in unit.stages:
-        timed = clocks.expected(name, "seconds")
-        if timed is None and processes.has_gpu() and not name.startswith(UNTIMED):
+        timed, guess = clocks.latest(name, "seconds"), _guess(name, loaded)
+        if timed:
+            other = _guess(timed[0], loaded)
+            found += timed[1] * (guess / other if guess and other else 1)
+        elif processes.has_gpu() and not name.startswith(UNTIMED):
             return None
-        found += _guess(name, loaded) if timed is None else timed
+        else:
+            found += guess or 0
     return found
 
 
@@ -53,19 +60,28 @@ def _is_timed(name: str) -> bool:
     return name.startswith(UNTIMED) or clocks.expected(name, "seconds") is not None
 
 
-def _guess(name: str, loaded: params.Params) -> float:
-    """Seconds of a stage, as DVC names it, from how many images it trains on, draws or evaluates the network for."""
+def _guess(name: str, loaded: params.Params) -> float | None:
+    """Seconds of a stage, as DVC names it, from how many images it trains on, draws or evaluates the network for.
+
+    None for a dataset that params.yaml does not have.
+    """
     stage, _, item = name.partition("@")
+    dataset = item.partition("-")[0]
+    if item and dataset not in loaded.data:
+        return None
     if stage in FLAT:
-        data = loaded.data.get(item)
+        data = loaded.data.get(dataset)
         drawn = data.train_images + data.validation_images + data.test_images if isinstance(data, params.GlyphsData) else 0
         return FLAT[stage] + A_GLYPH * drawn * (stage == "prepare")
     if stage == "extractor":
         return AN_EXTRACTOR_IMAGE * loaded.extractor.images
-    dataset = item.partition("-")[0]
     width = (loaded.network.base_channels / 8) ** 2 * loaded.network.blocks_per_level
-    relative = min(loaded.data[dataset].size or 10**9, loaded.network.stem_resolution) ** 2 / PIXELS * width
+    size, stem = loaded.data[dataset].size or PICTURE, loaded.network.stem_resolution
+    relative = (size / 2 ** max(0, math.ceil(math.log2(size / stem)))) ** 2 / PIXELS * width  # as the U-Net folds images
     if stage == "train":
+        first = next(training for training in loaded.sweep.trainings() if training.dataset == dataset)
+        if loaded.train.shared and item.split("-")[1] != first.schedule:
+            return 0  # it takes the network of the first
         return A_TRAINED_IMAGE * relative * sum(loaded.train.of(dataset).images)
     sample, T = loaded.sample, int(item.split("-")[2])
     steps = sample.images * sample.fast.steps + sample.ancestral_images * T

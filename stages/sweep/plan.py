@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from stages.errors import UserError, in_one_line
 from stages.pipeline import dvc_forms, graph, params, paths, processes, sources
-from stages.pipeline.files import whole_file
+from stages.pipeline.files import read_json, whole_file
 from stages.sweep import committed, estimates, reasons, repair, units
 from stages.sweep.units import Unit
 from stages.tracking import results
@@ -48,6 +48,7 @@ def plan(jobs: int, cell: str | None = None) -> list[Unit]:
     for unit in every:
         if (dataset := unit.name.removeprefix("data@")) in loaded.data:
             sources.refuse_missing(dataset, loaded.data[dataset])
+    sources.refuse_missing_weights(loaded)
     repair.mend_rwlock()
     for line in sources.changed(loaded):
         print(line)
@@ -138,7 +139,8 @@ def tell(cell: str) -> None:
     if not tree.is_recorded(found := params.find_cell(tree.params, cell)):
         print(f"Without results of the present code, parameters and data: {cell}", flush=True)
         return
-    print(f"{cell}  {score(cell)}\n{_meaning(results.row(found))}\nPicture: {paths.samples(cell) / 'grid.png'}", flush=True)
+    lines = (f"{cell}  {score(cell)}", _meaning(results.row(found)), f"Picture: {paths.samples(cell) / 'grid.png'}")
+    print("\n".join(filter(None, lines)), flush=True)
     for line in committed.lines(tree, [found]):
         print(line)
     print("Next:")
@@ -159,7 +161,9 @@ def _meaning(row: dict[str, Any]) -> str:
         said.append(f"FID is how far {row['images']:,} drawn images are from the real test images, lower is better{floor}.")
     if "accuracy" in row:
         real = f", and {row['accuracy_floor']:.1%} of real ones" if "accuracy_floor" in row else ""
-        said.append(f"A classifier recognises {row['accuracy']:.1%} of the drawn images as what was asked for{real}.")
+        has_classes = len(read_json(paths.prepared(row["dataset"]) / "dataset.json")["class_names"]) > 1
+        verb, how = ("recognises", "as what was asked for") if has_classes else ("sees", "upright")
+        said.append(f"A classifier {verb} {row['accuracy']:.1%} of the drawn images {how}{real}.")
     return " ".join(said)
 
 

@@ -43,7 +43,7 @@ class Tree:
         """The run key: a hash of all that decides a cell's results; known before training starts, the same in every clone.
 
         It covers the cell, the parameters and the code of every stage that leads to its scores, the digests of the raw data and of
-        the weights to begin with, and what machines made it; never an output, nor line endings, nor a schedule or sampler that it
+        the weights to begin with, and what machines made it; no other output, nor line endings, nor a schedule or sampler that it
         does not use. Raises UserError when DVC did not fetch the raw data.
 
         Args:
@@ -67,8 +67,11 @@ class Tree:
 
     def _init_digest(self) -> str | None:
         """MD5 that DVC gave the weights that trainings begin with; None where they begin with random ones."""
-        outs = dvc_forms.recorded(self.lock, "init").get("outs", []) if self.params.train.init else []
-        return next((str(out["md5"]) for out in outs), None)
+        if not self.params.train.init:
+            return None
+        for out in dvc_forms.recorded(self.lock, "init").get("outs", []):
+            return str(out["md5"])
+        raise UserError(f"dvc.lock does not record {paths.INIT}; `dvc repro init` does")
 
     def chain_params(self, cell: Cell) -> dict[str, Any]:
         """The parameters that lead to a cell's scores, by dotted name, as its dataset sees them, and what makes the cell.
@@ -102,8 +105,9 @@ class Tree:
 
 
 def _decides_no_pixel(name: str) -> bool:
-    """Whether a parameter says from where the raw data came, whose digest says what they are, or what they are licensed as."""
-    return name.startswith("data.") and name.rpartition(".")[2] in ("path", "url", "drive", "sha256", "licence", "strict")
+    """Whether a parameter says from where raw data or weights came, whose digests say what they are, or how they are licensed."""
+    source = name.startswith("data.") and name.rpartition(".")[2] in ("path", "url", "drive", "sha256", "licence", "strict")
+    return source or name == "train.init"
 
 
 def _flatten(dotted: str, value: Any) -> dict[str, Any]:

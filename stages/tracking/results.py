@@ -72,8 +72,9 @@ def why_missing(cells: Iterable[Cell]) -> list[str]:
     found: dict[tuple[str, str], dict[str, None]] = {}
     for cell in cells:
         for name, why in not_measured(cell).items():
-            what = f"floor of {name.removesuffix('_floor')}" if name.endswith("_floor") else name
-            found.setdefault((cell.dataset, why), {})[what.replace("fid", "FID")] = None
+            score = "FID" if (of := name.removesuffix("_floor")) == "fid" else of
+            what = f"floor of {score}" if name.endswith("_floor") else score
+            found.setdefault((cell.dataset, why), {})[what] = None
     return [f"{dataset} has no {', no '.join(names)}: {why}" for (dataset, why), names in found.items()]
 
 

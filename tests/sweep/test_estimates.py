@@ -44,6 +44,31 @@ def test_one_that_was_timed_counts_before_a_guess(todo: list[units.Unit]) -> Non
     assert after["train@mnist-cosine-0"] == before["train@mnist-cosine-0"]
 
 
+def test_what_was_timed_of_another_cell_counts_by_how_much_more_there_is_to_do(todo: list[units.Unit]) -> None:
+    """After the README's first command, one cell of digits stands for all others."""
+    for stage, item, seconds in (("train", "mnist-cosine-0", 100), ("sample", CELL, 20), ("evaluate", CELL, 10)):
+        timed(stage, item, seconds)
+    loaded = params.load()
+    seconds = estimates.seconds_of(todo, loaded)
+    assert seconds[CELL] == estimates.START + 30
+    more = (2000 * 14 + 128 * 1000) / (2000 * 14 + 128 * 100)
+    assert seconds["mnist-linear-1000-0"] == pytest.approx(estimates.START + 20 * more + 10)
+    assert seconds["train@mnist-linear-0"] == estimates.START + 100
+    letters = 2 * 32**2 / 28**2  # twice the images, folded to 32 x 32
+    assert seconds["train@persian_glyphs-linear-0"] == pytest.approx(estimates.START + 100 * letters)
+    for path in Path(".state/clocks/train").iterdir():
+        path.rename(path.with_name("gone-cosine-0.0.json"))  # of a dataset that is no more
+    assert estimates.seconds_of(todo, loaded)["train@mnist-linear-0"] == estimates.START + 100
+
+
+def test_a_shared_network_is_trained_once(todo: list[units.Unit]) -> None:
+    loaded = params.load()
+    shared = loaded.model_copy(update={"train": loaded.train.model_copy(update={"shared": True})})
+    seconds = estimates.seconds_of(todo, shared)
+    assert seconds["train@mnist-cosine-0"] == estimates.START
+    assert seconds["train@mnist-linear-0"] == estimates.seconds_of(todo, loaded)["train@mnist-linear-0"]
+
+
 def test_on_a_gpu_nothing_is_guessed(todo: list[units.Unit], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "has_gpu", lambda: True)
     seconds = estimates.seconds_of(todo, params.load())

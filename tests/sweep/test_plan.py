@@ -82,7 +82,7 @@ def test_the_plan_tells_when_the_first_cell_is_done_and_when_all(
     for stage, seconds in (("train", 240), ("sample", 60), ("evaluate", 60)):
         touch(path := Path(f".state/clocks/{stage}/{CELL}.0.json"))
         path.write_text(json.dumps({"seconds": seconds}))
-    for jobs, ends in ((2, "all in about 10 min, 2 at a time"), (1, "all in about 20 min, 1 at a time")):
+    for jobs, ends in ((2, "all in about 15 min, 2 at a time"), (1, "all in about 26 min, 1 at a time")):
         plan.plan(jobs)
         assert capsys.readouterr().out.endswith(f"the first cell is done in about 6 min, {ends}\n")
     assert [unit.name for unit in plan.plan(1, CELL)] == ["train@mnist-cosine-0", CELL]
@@ -117,8 +117,9 @@ SCORED: dict[str, Any] = {
 def write_scores(**changes: Any) -> None:
     fast = {name: value for name, value in (SCORED | changes).items() if value is not None}
     scores = {"fast": fast, "ancestral": {"sampling": {"network_evaluations": 139}}, "logsnr_grid": []}
-    touch(path := paths.scores("evaluate", CELL))
+    touch(path := paths.scores("evaluate", CELL), prepared := paths.prepared("mnist") / "dataset.json")
     path.write_text(json.dumps(scores))
+    prepared.write_text(json.dumps({"class_names": ["0", "1"]}))
 
 
 @pytest.mark.usefixtures("bare_tree")
@@ -152,9 +153,13 @@ def test_a_cell_alone_ends_with_its_score_what_it_means_its_picture_and_what_to_
         "  make repro                         makes all 12 cells of the sweep and compares them",
         "  make ui                            shows the runs in MLflow",
     ]
+    write_scores(fid=None)
+    (paths.prepared("mnist") / "dataset.json").write_text(json.dumps({"class_names": ["unlabelled"]}))
+    plan.tell(CELL)
+    assert "\nA classifier sees 95.0% of the drawn images upright, and 99.5% of real ones.\n" in capsys.readouterr().out
     write_scores(fid=None, accuracy=None)
     plan.tell(CELL)
-    assert "FID is" not in capsys.readouterr().out
+    assert "measured\nPicture: " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("bare_tree")

@@ -30,7 +30,7 @@ def network(seed: int, classes: int, size: int = 8, **changes: Any) -> UNet:
 
 
 def about(class_names: str) -> dict[str, Any]:
-    return {"init": "digits-cosine-0", "class_names": list(class_names), "network": NETWORK}
+    return {"class_names": list(class_names), "network": NETWORK, "diffusion": {"prediction": "v"}}
 
 
 def taken(net: UNet, before: dict[str, Tensor], other: UNet) -> tuple[set[str], set[str]]:
@@ -43,7 +43,7 @@ def taken(net: UNet, before: dict[str, Tensor], other: UNet) -> tuple[set[str], 
 
 def test_a_network_of_the_same_classes_is_taken_whole() -> None:
     net, other = network(0, 3), network(1, 3)
-    assert take(net, list("abc"), other.state_dict(), about("abc")) == []
+    assert take(net, list("abc"), "v", other.state_dict(), about("abc")) == []
     assert all(map(torch.equal, net.state_dict().values(), other.state_dict().values()))
 
 
@@ -51,7 +51,7 @@ def test_a_network_of_the_same_classes_is_taken_whole() -> None:
 def test_of_other_classes_all_but_the_tables_of_labels_is_taken(classes: int, names: str) -> None:
     net, other = network(0, classes), network(1, 3)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    assert take(net, list(names), other.state_dict(), about("abc")) == ["embed_label", "template"]
+    assert take(net, list(names), "v", other.state_dict(), about("abc")) == ["embed_label", "template"]
     of_other, stayed = taken(net, before, other)
     assert stayed == {"embed_label", "template"}  # of the template only its pictures are of the classes
     assert of_other == {name.partition(".")[0] for name in before} - {"embed_label"}
@@ -60,7 +60,7 @@ def test_of_other_classes_all_but_the_tables_of_labels_is_taken(classes: int, na
 
 def test_of_larger_images_what_touches_pixels_stays() -> None:
     net, other = network(0, 3, size=16), network(1, 3, size=8)
-    assert take(net, list("abc"), other.state_dict(), about("abc")) == ["stem", "bypass", "head"]
+    assert take(net, list("abc"), "v", other.state_dict(), about("abc")) == ["stem", "bypass", "head"]
     assert torch.equal(net.middle.conv1.weight, other.middle.conv1.weight)
 
 
@@ -69,6 +69,12 @@ def test_of_larger_images_what_touches_pixels_stays() -> None:
 def test_a_network_of_another_shape_is_refused_and_nothing_is_set(change: dict[str, Any], mine: bool) -> None:
     net, other = network(0, 3, **(change if mine else {})), network(1, 3, **({} if mine else change))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with pytest.raises(UserError, match=r"train.init = digits-cosine-0 is a network of another shape: \S+ does not fit; it needs"):
-        take(net, list("abc"), other.state_dict(), about("abc"))
+    with pytest.raises(UserError, match=r"train.init names a network of another shape: \S+ does not fit; it needs network = "):
+        take(net, list("abc"), "v", other.state_dict(), about("abc"))
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_network_that_predicts_something_else_is_refused() -> None:
+    net, other = network(0, 3), network(1, 3)
+    with pytest.raises(UserError, match=r"predicts v, this one is to predict eps: diffusion.prediction"):
+        take(net, list("abc"), "eps", other.state_dict(), about("abc"))

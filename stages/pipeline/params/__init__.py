@@ -1,26 +1,28 @@
 """params.yaml: the schema, the YAML, the wording of errors, each in a file; this is what others use of them."""
 
-from stages.pipeline.params.schema import (
-    AncestralSampler,
+from stages.pipeline.params.data import (
     ArchiveData,
     AutoData,
-    Cell,
     DataSection,
-    Diffusion,
-    Evaluate,
-    Extractor,
-    FastSampler,
     FolderData,
     GlyphsData,
     HodaData,
     MixData,
     MnistData,
+    Section,
+)
+from stages.pipeline.params.schema import (
+    AncestralSampler,
+    Cell,
+    Diffusion,
+    Evaluate,
+    Extractor,
+    FastSampler,
     Network,
     Params,
     Precision,
     Runtime,
     Sample,
-    Section,
     Sweep,
     Train,
     Training,
