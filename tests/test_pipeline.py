@@ -379,7 +379,11 @@ def test_one_cell_is_made_alone_and_its_score_and_picture_are_told(tree: Path) -
         assert said[0] == "To run: evaluate"
         assert any(re.fullmatch(rf"cell 1 of 1: {CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)  scored", line) for line in said)
         told = said.index(f"Picture: samples/{CELL}/grid.png")
-        assert re.fullmatch(rf"{CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)", said[told - 1])
+        assert re.fullmatch(rf"{CELL}  FID [\d.]+ ± [\d.]+ \(floor [\d.]+\)", said[told - 2])
+        assert said[told - 1].startswith(
+            "FID is how far 192 drawn images are from the real test images, lower is better; as many real"
+        )
+        assert f"  make draw CELL={CELL}  draws pictures with its network" in said
         assert changed(tree) == {"compare"}
     repro(tree)
 

@@ -29,7 +29,7 @@ from stages.datasets.folder import UNLABELLED
 from stages.datasets.splits import Dataset
 from stages.errors import UserError
 
-FOLDERS, NAMES, FLAT = "a folder for each class", "files named LABEL.anything", "no folders, no labels"
+FOLDERS, NAMES, FLAT = "a folder for each class", "files named LABEL.anything", "one flat folder, without labels"
 UNNAMED = "no label before the first of two dots"
 SEVERAL = 3  # images that a label must have to be taken for one: one for each split
 MOST = 9 / 10  # of the images; so many must tell the same
@@ -119,7 +119,8 @@ def layout(path: Path, label: str | None = None) -> Layout:
         return _layout(NAMES, inside, members, labels)
     if in_folder:
         raise UserError(
-            f"{name}: {beside!r} lies in no folder but others do, such as {in_folder!r}; put it into the folder of its class"
+            f"{name}: {beside!r} lies in no folder but others do, such as {in_folder!r}; put it into the folder of its class, or "
+            "take it out"
         )
     if share >= 1 / 2:
         raise UserError(

@@ -30,7 +30,7 @@ def refuse_too_few(class_names: list[str], counts: list[int]) -> None:
         more = f" and {len(few) - NAMED} more" * (len(few) > NAMED)
         raise UserError(
             f"{len(few)} of {len(class_names)} classes have too few images: {named}{more}; the least that works is "
-            f"{LEAST_OF_CLASS} of each class: add images, or take these classes out"
+            f"{LEAST_OF_CLASS} of each class: add images, or take these classes out; if these are no classes, say `reader: folder`"
         )
 
 

@@ -189,7 +189,8 @@ def _parts(
         n, needed = len(rising), len(shares) + 1
         if n < needed:
             raise UserError(
-                f"class {name!r} has {len(of_class)} images, {n} different {what}; it needs {needed}, for each split needs one"
+                f"class {name!r} has {len(of_class)} images, but only {n} different {what}; it needs {needed}, "
+                "for each split needs one"
             )
         ends = np.searchsorted(rising, bounds)  # of the parts: so many lie below
         for k in range(len(ends)):  # none may be empty

@@ -146,7 +146,9 @@ def plain_name(info: zipfile.ZipInfo, name: str) -> str:
     if not _ODD.search(member):
         return member
     parts = member.replace("\\", "/").split("/")
-    if parts[0] == "" or ".." in parts or re.match("[A-Za-z]:", member):
+    if re.match("[A-Za-z]:", member):
+        raise UserError(f"{name}: {member!r} begins like a drive of Windows; rename it")
+    if parts[0] == "" or ".." in parts:
         raise UserError(f"{name}: {member!r} leads outside of the archive; names must be relative paths without ..")
     return "/".join(part for part in parts if part not in ("", ".")) + "/" * (parts[-1] in ("", "."))
 

@@ -21,6 +21,7 @@ from stages.pipeline.files import content_hash, md5, read_json, write_json
 Seen = dict[str, list[Any]]
 """For each path: how many files are there, and a hash of their names, sizes and times."""
 
+UNREADABLE = object()
 DECISIVE = ("reader", "path", "url", "drive", "sha256")  # options that decide which raw files are fetched
 
 
@@ -64,9 +65,8 @@ def refuse_missing(dataset: str, data: params.DataSection) -> None:
     Raises:
         UserError: naming the key and the path.
     """
-    entry = recorded(read_lock(), f"fetch@{dataset}").get("params") or {}
-    was, now = entry.get(str(params.PARAMS), {}).get(f"data.{dataset}", {}), data.model_dump()
-    if was and _decisive(was) == _decisive(now):
+    was, now = _recorded_value(f"fetch@{dataset}", f"data.{dataset}"), data.model_dump()
+    if was is UNREADABLE or (was and _decisive(was) == _decisive(now)):
         return
     before = _recall(dataset).get("seen", {})
     for key, section in params.parts(f"data.{dataset}", data):
@@ -100,9 +100,17 @@ def remember_weights(named: str, path: Path) -> None:
 
 def refuse_missing_weights(loaded: params.Params) -> None:
     """Refuse a train.init that is not there, before anything runs, unless its weights were taken before, by dvc.lock."""
-    entry = recorded(read_lock(), "init").get("params") or {}
-    if loaded.train.init and entry.get(str(params.PARAMS), {}).get("train.init") != loaded.train.init:
+    if loaded.train.init and _recorded_value("init", "train.init") not in (loaded.train.init, UNREADABLE):
         file_to_begin_with(loaded.train.init)
+
+
+def _recorded_value(stage: str, name: str) -> Any:
+    """The value of a parameter with which a stage was last run, by dvc.lock; UNREADABLE where that has to be mended yet."""
+    try:
+        entry = recorded(read_lock(), stage).get("params") or {}
+    except UserError:
+        return UNREADABLE
+    return entry.get(str(params.PARAMS), {}).get(name)
 
 
 def _is_there(path: str) -> bool:

@@ -145,10 +145,10 @@ def test_a_small_class_is_in_every_split(shares: tuple[float, float]) -> None:
 @pytest.mark.parametrize(
     ("labels", "groups", "says"),
     [
-        ([0, 0, 0, 1, 1], None, "class 'b' has 2 images, 1 different images; it needs 3, for each split needs one"),
+        ([0, 0, 0, 1, 1], None, "class 'b' has 2 images, but only 1 different images; it needs 3, for each split needs one"),
         ([0, 0, 0], None, "class 'b' has 0 images"),
-        ([0, 0, 0, 1, 1, 1], None, "class 'b' has 3 images, 2 different images"),
-        ([0, 0, 0, 1, 1, 1], list("abcddd"), "class 'b' has 3 images, 1 different groups"),
+        ([0, 0, 0, 1, 1, 1], None, "class 'b' has 3 images, but only 2 different images"),
+        ([0, 0, 0, 1, 1, 1], list("abcddd"), "class 'b' has 3 images, but only 1 different groups"),
         ([0, 0, 0, 1, 1, 1], list("abcabd"), "class '[ab]' has no image for train; try another seed"),  # all images of b are equal
     ],
 )

@@ -357,7 +357,7 @@ def test_a_wrong_profile_is_refused(tmp_path: Path, text: str, says: str) -> Non
         ({"reader": "auto", "path": "x"}, {"size": None, "pad": True, "invert": False, "licence": "unknown"}),
         ({"reader": "folder", "path": "x", "size": 32}, {"pad": False, "group": None, "strict": False}),
         ({"reader": "archive", "url": "https://x", "size": 32}, {"path": None, "drive": None, "sha256": None, "pad": False}),
-        ({"reader": "hoda", "path": "x", "size": 32}, {"validation_share": 0.1, "test_share": 0.2, "seed": 0}),
+        ({"reader": "hoda", "path": "x", "size": 32}, {"validation_share": 0.15, "test_share": 0.2, "seed": 0}),
         ({"reader": "mnist"}, {"size": 28, "path": None}),
     ],
 )
