@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
     with in_one_line("repro"), _only_one():
         jobs = plan.default_jobs() if args.jobs is None else _positive(args.jobs)
         todo = plan.plan(jobs, args.cell)
-        with Display(todo, jobs, estimates.seconds_of(todo, params.load())) as display:
+        with Display(todo, jobs, estimates.seconds_of(todo, jobs, params.load())) as display:
             failed = run(todo, jobs, display)
         synced = mirror.sync(asked=True)
         if args.cell:

@@ -12,7 +12,7 @@ FLAT = {"fetch": 2, "prepare": 2, "reference": 10, "init": 0, "evaluate": 16, "c
 A_GLYPH = 5.3e-4  # to draw one
 AN_EXTRACTOR_IMAGE = 6e-4
 A_TRAINED_IMAGE = 2.7e-3  # of PIXELS in the network, and so is the next
-AN_EVALUATION = 4.3e-4
+AN_EVALUATION = 8.6e-4  # of a sampler, which takes all cores that it is given
 PIXELS = 28**2
 PICTURE = 64  # pixels a side of images whose size is chosen by what they are
 GUIDED = 1.3  # evaluations a step: guidance takes a second one on a part of the chain
@@ -34,20 +34,21 @@ def outlook(todo: list[Unit], jobs: int, seconds: Seconds) -> str:
     return f"Going by {by}, {first}all in {span(max(ends.values()))}, {jobs} at a time"
 
 
-def seconds_of(todo: list[Unit], loaded: params.Params) -> Seconds:
+def seconds_of(todo: list[Unit], jobs: int, loaded: params.Params) -> Seconds:
     """How long units take, by what was last recorded here, of another dataset or T too; else by what they have to do.
 
     None where that is not known: on a GPU.
     """
-    return {unit.name: _seconds_of(unit, loaded) for unit in todo}
+    cores = max(1, processes.cores() // max(1, min(jobs, sum(unit.is_cell() for unit in todo))))
+    return {unit.name: _seconds_of(unit, cores, loaded) for unit in todo}
 
 
-def _seconds_of(unit: Unit, loaded: params.Params) -> float | None:
+def _seconds_of(unit: Unit, cores: int, loaded: params.Params) -> float | None:
     found = START
     for name in unit.stages:
-        timed, guess = clocks.latest(name, "seconds"), _guess(name, loaded)
+        timed, guess = clocks.latest(name, "seconds"), _guess(name, cores, loaded)
         if timed:
-            other = _guess(timed[0], loaded)
+            other = _guess(timed[0], cores, loaded)
             found += timed[1] * (guess / other if guess and other else 1)
         elif processes.has_gpu() and not name.startswith(UNTIMED):
             return None
@@ -60,10 +61,10 @@ def _is_timed(name: str) -> bool:
     return name.startswith(UNTIMED) or clocks.expected(name, "seconds") is not None
 
 
-def _guess(name: str, loaded: params.Params) -> float | None:
+def _guess(name: str, cores: int, loaded: params.Params) -> float | None:
     """Seconds of a stage, as DVC names it, from how many images it trains on, draws or evaluates the network for.
 
-    None for a dataset that params.yaml does not have.
+    None for a dataset that params.yaml does not have. `cores`: that a cell has for drawing.
     """
     stage, _, item = name.partition("@")
     dataset = item.partition("-")[0]
@@ -85,7 +86,7 @@ def _guess(name: str, loaded: params.Params) -> float | None:
         return A_TRAINED_IMAGE * relative * sum(loaded.train.of(dataset).images)
     sample, T = loaded.sample, int(item.split("-")[2])
     steps = sample.images * sample.fast.steps + sample.ancestral_images * T
-    return AN_EVALUATION * relative * steps * (GUIDED if sample.guidance else 1)
+    return AN_EVALUATION * relative * steps * (GUIDED if sample.guidance else 1) / cores
 
 
 def span(seconds: float) -> str:

@@ -65,7 +65,7 @@ def plan(jobs: int, cell: str | None = None) -> list[Unit]:
     print(f"To run: {', '.join(f'{count} x {stage}' if count > 1 else stage for stage, count in counts.items())}")
     for line in reasons.lines(changed, Tree.read(), names):
         print(line)
-    print(estimates.outlook(todo, jobs, estimates.seconds_of(todo, loaded)), flush=True)
+    print(estimates.outlook(todo, jobs, estimates.seconds_of(todo, jobs, loaded)), flush=True)
     return todo
 
 
