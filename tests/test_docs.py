@@ -44,11 +44,11 @@ def test_the_student_page_links_every_schedule_and_sampler():
 
 def test_the_section_for_ones_own_images_is_valid_and_short() -> None:
     page = (ROOT / "docs/own-images.md").read_text(encoding="utf-8")
-    block = next(text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "folder" in text)
+    block = next(text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "reader: auto" in text)
     values = params.read_yaml(ROOT / "params.yaml")
     values["data"] |= YAML(typ="safe", pure=True).load(block)["data"]
     values["sweep"]["datasets"] = ["my_letters"]
-    assert params.Params.model_validate(values).data["my_letters"].reader == "folder"
+    assert params.Params.model_validate(values).data["my_letters"].reader == "auto"
     assert len(block.splitlines()) <= 1 + 5
 
 
