@@ -6,7 +6,7 @@ weights of a trained network (`train.init`), if such a file is given. The judge 
 holds all images outside of what is scored: so rows compare, which the cells' own scores, each against its own few test images,
 do not. Seconds are of the processors, so that other work beside does not count. Prints one JSON line; writes SHEET, a picture.
 
-Run: python benchmarks/small_sets.py HODA.cdb SHEET.png [WEIGHTS.safetensors]
+Run: python benchmarks/small_sets.py SHEET.png WEIGHTS.safetensors [HODA.cdb], which gives the letters, or with that file the digits
 """
 
 import json
@@ -66,23 +66,19 @@ class Kind(NamedTuple):
         return {"fid": round(value, 3), "accuracy": [round(x, 4) for x in agreement(labels, found[1])], "images": len(images)}
 
 
-def main(cdb: Path, sheet: Path, weights: Path | None) -> None:
-    kinds = {"hoda": _hoda(cdb), "letters": _letters()}
-    wanted = {"hoda": HODA_SIZES, "letters": GLYPH_SIZES}
-    result: dict[str, Any] = {name: {"floor": kind.score(*kind.floor)} for name, kind in kinds.items()}
+def main(sheet: Path, weights: Path, cdb: Path | None) -> None:
+    name, kind, sizes = ("hoda", _hoda(cdb), HODA_SIZES) if cdb else ("letters", _letters(), GLYPH_SIZES)
+    result: dict[str, Any] = {"floor": kind.score(*kind.floor)}
     pictures: dict[str, Tensor] = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "-q", ROOT, f"{folder}/naqsh"], check=True)
         os.chdir(f"{folder}/naqsh")
         sections = {}
-        for name, sizes in wanted.items():
-            for n in sizes:
-                _write(kinds[name], n, Path(folder, f"{name}_{n}"))
-                sections[f"{name}_{n}"] = {"reader": "auto", "path": f"{folder}/{name}_{n}"}
+        for n in sizes:
+            _write(kind, n, Path(folder, f"{name}_{n}"))
+            sections[f"{name}_{n}"] = {"reader": "auto", "path": f"{folder}/{name}_{n}"}
         text = params.PARAMS.read_text()
-        for init in (None, weights) if weights else (None,):
-            smallest = [f"{name}_{min(sizes)}" for name, sizes in wanted.items()]
-            chosen = smallest if init else list(sections)
+        for init, chosen in ((None, list(sections)), (weights, [f"{name}_{min(sizes)}"])):
             params.PARAMS.write_text(text)
             for dataset in chosen:
                 params.PARAMS.write_text(params.with_dataset(dataset, sections[dataset]))
@@ -90,25 +86,23 @@ def main(cdb: Path, sheet: Path, weights: Path | None) -> None:
             Path("profiles/sets.yaml").write_text(f"{sweep}\ntrain: {{init: {init or 'null'}, longer: {{}}}}\n")
             params.PARAMS.write_text(params.merged(Path("profiles/sets.yaml")))
             for dataset in chosen:
-                name, n = dataset.split("_")
-                row = f"{n}, {weights.stem}" if init and weights else n
+                row = dataset.removeprefix(f"{name}_") + f", begins with {weights.stem}" * bool(init)
                 cell = Cell(dataset, "cosine", 100, 0)
                 seconds = _made(cell)
-                found, labels = _drawn(cell, kinds[name].class_names)
-                result[name][row] = {"cpu_seconds": seconds, **kinds[name].score(found, labels), **_own(cell)}
-                pictures[f"{name} {row}"] = _shown(found, labels)
-                print(name, row, result[name][row], file=sys.stderr, flush=True)
-        for name, kind in kinds.items():
-            pictures[f"{name}, real"] = _shown(*kind.test)
+                found, labels = _drawn(cell, kind.class_names)
+                result[row] = {"cpu_seconds": seconds, **kind.score(found, labels), **_own(cell)}
+                pictures[row] = _shown(found, labels)
+                print(row, result[row], file=sys.stderr, flush=True)
+    pictures["real"] = _shown(*kind.test)
     side = max(images.shape[-1] for images in pictures.values())
     rows = torch.cat([torch.nn.functional.interpolate(images, side, mode="nearest") for images in pictures.values()])
     grids.save_png(sheet, grids.labelled(rows.numpy(), list(pictures), [""] * SHOWN))
-    print(json.dumps(result))
+    print(json.dumps({name: result}))
 
 
 def _hoda(cdb: Path) -> Kind:
     labels, inks = zip(*hoda.digits(cdb.read_bytes(), str(cdb)), strict=True)
-    images = torch.stack([torch.from_numpy(hoda.place(ink, 32, dark=0, light=255)) for ink in inks])[:, None]
+    images = torch.stack([torch.from_numpy(hoda.place(ink, 32, dark=0, light=255).copy()) for ink in inks])[:, None]
     return Kind.of(images, torch.tensor(labels), [str(digit) for digit in range(10)], test=3000)
 
 
@@ -142,7 +136,8 @@ def _drawn(cell: Cell, class_names: list[str]) -> tuple[Tensor, Tensor]:
     """The fast set, and its labels by the judge's names."""
     drawn, _ = load_tensors(paths.samples(str(cell)) / "fast.safetensors")
     own = read_json(paths.prepared(cell.dataset) / "dataset.json")["class_names"]
-    return drawn["images"], torch.tensor([class_names.index(name) for name in own])[drawn["labels"]]
+    numbers = [str(int(name)) if name.isdecimal() else name for name in class_names]  # as `reader: auto` calls them
+    return drawn["images"], torch.tensor([numbers.index(name) for name in own])[drawn["labels"]]
 
 
 def _own(cell: Cell) -> dict[str, Any]:
@@ -158,4 +153,4 @@ def _shown(images: Tensor, labels: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), Path(sys.argv[3]).absolute() if sys.argv[3:] else None)
+    main(Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute(), Path(sys.argv[3]) if sys.argv[3:] else None)
