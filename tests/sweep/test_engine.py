@@ -24,7 +24,7 @@ for stage in sys.argv[1:]:
     print(f"{stage}: going on from step 7 of 9", flush=True) if kind == "resumed" else None
     print("begun on A, here it is B: the bits will be of both", flush=True) if kind == "resumed" else None
     print("this processor has no bf16 arithmetic and emulates it, slowly", flush=True) if kind == "resumed" else None
-    time.sleep(0.25)
+    time.sleep(0.5)
     if kind == "bad":
         print("bad: the loss became nan at step 3")
         print(f"ERROR: failed to reproduce '{stage}': failed to run: python -m stages.bad, exited with 1", file=sys.stderr)
