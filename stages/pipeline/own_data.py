@@ -76,6 +76,8 @@ def _asked(name: str, path: str) -> tuple[params.AutoData, bool]:
         raise UserError(f"NAME = {name!r} is no word for YAML; take one such as set_{name}")
     if not path:
         raise UserError(f"PATH must say where the images are: make data NAME={name} PATH=/home/me/letters")
+    if path != path.encode(errors="replace").decode():
+        raise UserError(f"PATH = {path!r} is no UTF-8 text; rename what is called so")
     if (source := _absolute(path)).is_file() and not _is_zip(source):
         raise UserError(f"PATH must be a folder or a zip; {source} is neither")
     known = params.load().data.get(name)

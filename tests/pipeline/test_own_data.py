@@ -157,6 +157,7 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
         ("", "mine", r"NAME must say what to call them: make data NAME=my_letters PATH=…"),
         *((name, "mine", rf"NAME = '{name}' is no word for YAML; take one such as set_{name}") for name in NO_WORDS),
         ("x", "", r"PATH must say where the images are: make data NAME=x PATH="),
+        ("x", "a\udcff", r"PATH = 'a\\udcff' is no UTF-8 text; rename what is called so"),
         ("x", "nowhere", r"path = .*/nowhere: there is no such file or folder"),
         ("x", "empty", r"path = .*/empty holds no image"),
         ("x", "params.yaml", r"PATH must be a folder or a zip; /.*/params\.yaml is neither"),
