@@ -32,6 +32,15 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file now."""
+    try:
+        with FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path`, on disk, only when the block ends without an error."""

@@ -16,11 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from stages.errors import UserError, in_one_line
 from stages.pipeline import dvc_forms, graph, params, paths, processes, sources
-from stages.pipeline.files import read_json, whole_file
+from stages.pipeline.files import is_held, read_json
 from stages.sweep import committed, estimates, reasons, repair, units
 from stages.sweep.units import Unit
 from stages.tracking import results
@@ -186,7 +184,7 @@ def leftovers(loaded: params.Params) -> list[Path]:
     Also the state of trainings that a kill broke off and nobody went on with. A folder stands for all in it.
     """
     unfinished = sorted([*Path(".state/checkpoints").glob("*"), *Path(".state/scratch").glob("*")])
-    abandoned = [path for path in unfinished if not _is_held(Path(".state/locks", f"{path.name}.lock"))]
+    abandoned = [path for path in unfinished if not is_held(Path(".state/locks", f"{path.name}.lock"))]
     written = {Path(out) for out in dvc_forms.outputs(loaded)}
     written |= {folder for out in written for folder in out.parents}
     return abandoned + [path for folder in WRITTEN for path in _strangers(folder, written)]
@@ -207,17 +205,11 @@ def profile(name: str) -> None:
     if name not in known:
         raise UserError(f"there is no profile {name!r}; there are: {', '.join(known)}")
     text = params.merged(path := known[name])
-    with whole_file(params.PARAMS) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"{params.PARAMS} now holds {path}. `git diff {params.PARAMS}` shows it, `git checkout {params.PARAMS}` undoes it.")
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
+    edits = "" if params.is_committed() else ", and takes back the edits that were there before"
+    params.write(text)
+    print(
+        f"{params.PARAMS} now holds {path}. `git diff {params.PARAMS}` shows it, `git checkout {params.PARAMS}` undoes it{edits}."
+    )
 
 
 def main() -> None:

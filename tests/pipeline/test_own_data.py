@@ -1,19 +1,25 @@
 """`make data`: what it says of a person's images, what it writes, and what it refuses without writing."""
 
 import os
+import shutil
 import subprocess
+import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from stages.errors import UserError
 from stages.pipeline import own_data, params
+from stages.sweep import engine
 
 ROOT = Path(__file__).parents[2]
+NO_WORDS = ["null", "true", "123", "1e5", "1_000", "0x1f"]
 OWN = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
 
@@ -27,7 +33,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "naqsh"
 
 
-def letters(folder: Path, classes: str = "ابپ", N: int = 30, *, paper: int = 240, size: tuple[int, int] = (40, 52)) -> Path:
+def commit(folder: Path) -> None:
+    """Commit all that is in a folder to a repository of its own."""
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+
+
+def letters(
+    folder: Path, classes: Sequence[str] = "ابپ", N: int = 30, *, paper: int = 240, size: tuple[int, int] = (40, 52)
+) -> Path:
     """A folder for each class, of different pictures of one size."""
     rng = np.random.default_rng(0)
     for y in classes:
@@ -57,6 +71,7 @@ def test_what_is_there_is_told_and_added_and_the_next_command_is_of_a_cell(
         (mine / name).write_bytes(b"x")
     (mine / "پ/0.png").write_bytes(b"no picture")
     (mine / "پ/again.png").write_bytes((mine / "پ/1.png").read_bytes())
+    commit(Path.cwd())
     own_data.main("my_letters", str(mine))
     out = capsys.readouterr().out
     assert out.startswith(f"my_letters: {mine}\n")
@@ -97,7 +112,7 @@ def test_light_ink_on_dark_square_pictures_is_inverted_and_not_padded(tmp_path: 
     own_data.main("mine", str(letters(tmp_path / "mine", paper=20, size=(28, 28))))
     facts = said(capsys)
     assert facts["background"] == "dark in 90 of 90"
-    assert facts["invert"] == "true: dark and light change places"
+    assert facts["invert"] == "true: dark and light change places, so that paper is light"
     assert facts["pad"] == "false: all are square"
     section = params.load().data["mine"]
     assert isinstance(section, params.AutoData)
@@ -129,7 +144,7 @@ def test_the_same_again_says_that_there_is_nothing_to_do(tmp_path: Path, capsys:
     assert "size        32 x 32\n" in out
 
 
-@pytest.mark.parametrize("name", ["", "My_letters", "a-b", "../x", "a b", "ا", "a\n", "a" * 65])
+@pytest.mark.parametrize("name", ["My_letters", "a-b", "../x", "a b", "ا", "a\n", "a" * 65])
 def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"^NAME = .* must be of a-z, 0-9 and _"):
         own_data.main(name, str(tmp_path))
@@ -139,10 +154,15 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     ("name", "path", "says"),
     [
         ("mnist", "mine", r"params\.yaml has a section data\.mnist already, of other images; choose another NAME"),
+        ("", "mine", r"NAME must say what to call them: make data NAME=my_letters PATH=…"),
+        *((name, "mine", rf"NAME = '{name}' is no word for YAML; take one such as set_{name}") for name in NO_WORDS),
         ("x", "", r"PATH must say where the images are: make data NAME=x PATH="),
+        ("x", "a\udcff", r"PATH = 'a\\udcff' is no UTF-8 text; rename what is called so"),
         ("x", "nowhere", r"path = .*/nowhere: there is no such file or folder"),
         ("x", "empty", r"path = .*/empty holds no image"),
-        ("x", "params.yaml", r"path = .*/params\.yaml is no zip archive"),
+        ("x", "params.yaml", r"PATH must be a folder or a zip; /.*/params\.yaml is neither"),
+        ("x", "few/a/0.png", r"PATH must be a folder or a zip; /.*/0\.png is neither"),
+        ("x", "cut.zip", r"path = /.*/cut\.zip is cut off"),
         ("x", "data", r"data\.x\.path = data contains data/raw/"),
         ("x", "few", r"1 of 2 classes have too few images: 'b' \(19\); the least that works is 20"),
         ("x", "equal", r"1 of 2 classes have too few images: 'b' \(19\); the least that works is 20"),
@@ -150,6 +170,7 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
 )
 def test_what_is_refused_leaves_params_yaml_as_it_is(name: str, path: str, says: str) -> None:
     Path("empty").mkdir()
+    Path("cut.zip").write_bytes(b"PK\3\4 and no more")
     letters(Path("few"), "a")
     letters(Path("few"), "b", N=19)
     letters(Path("equal"), "ab", N=20)
@@ -169,6 +190,138 @@ def test_many_classes_are_folded_and_stand_side_by_side() -> None:
     sheet = own_data.contact_sheet(images, torch.arange(400) % 40, names)
     assert sheet.shape[0] <= own_data.TALLEST < 40 * 58
     assert (sheet == 0).sum() > 400 * 56 * 56, "every image, beside the ink of the names"
+
+
+@pytest.mark.parametrize("edit", ["# mine\n", None])
+def test_a_checkout_is_no_way_back_where_it_would_take_more_back(
+    tmp_path: Path, edit: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if edit:
+        commit(Path.cwd())
+        with Path("params.yaml").open("a") as file:
+            file.write(edit)
+    own_data.main("mine", str(letters(tmp_path / "mine")))
+    out = capsys.readouterr().out
+    assert "names it.\nTo undo it, remove data.mine and the name in sweep.datasets.\nNext: " in out
+    assert "git" not in out
+
+
+def test_only_what_the_last_commit_holds_is_committed(tmp_path: Path) -> None:
+    assert not params.is_committed(), "there is no repository"
+    commit(Path.cwd())
+    assert params.is_committed()
+    Path("params.yaml").write_text(OWN + "# mine\n")
+    subprocess.run(["git", "add", "params.yaml"], check=True)
+    assert not params.is_committed(), "a checkout brings back what is staged"
+    Path("params.yaml").rename(tmp_path / "elsewhere.yaml")
+    Path("params.yaml").symlink_to("../elsewhere.yaml")
+    commit(Path.cwd())
+    assert not params.is_committed(), "git has the link, not the file"
+    subprocess.run(["git", "rm", "-q", "--cached", "params.yaml"], check=True)
+    Path("params.yaml").unlink()
+    Path("params.yaml").write_text(OWN)
+    for ignored in ("", "*.yaml\n"):
+        Path(".gitignore").write_text(ignored)
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "b", "--allow-empty"], check=True)
+        assert not params.is_committed(), "git does not have it"
+
+
+def test_a_section_of_before_is_not_to_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = letters(tmp_path / "mine")
+    Path("params.yaml").write_text(OWN.replace("\ndata:", f"\ndata:\n  mine: {{reader: auto, path: {mine}}}", 1))
+    own_data.main("mine", str(mine))
+    assert "To undo it, remove the name in sweep.datasets.\n" in capsys.readouterr().out
+
+
+def test_nothing_is_written_while_make_repro_works_here(tmp_path: Path) -> None:
+    mine = letters(tmp_path / "mine")
+    says = r"^`make repro` works in this folder and reads params\.yaml; type this when it has ended$"
+    engine.OWN_LOCK.parent.mkdir(parents=True)
+    with FileLock(engine.OWN_LOCK):
+        with pytest.raises(UserError, match=says):
+            own_data.main("mine", str(mine))
+        with pytest.raises(UserError, match=says):
+            params.write(OWN + "# more\n")
+        assert not Path("data/looked").exists(), "told before the images are looked at"
+    assert Path("params.yaml").read_text() == OWN
+    own_data.main("mine", str(mine))
+    assert "mine" in params.load().data
+
+
+def test_a_link_stays_one_and_a_mode_stays_and_what_is_read_only_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere.yaml"
+    shutil.move("params.yaml", target)
+    Path("params.yaml").symlink_to("../elsewhere.yaml")
+    target.chmod(0o600)
+    own_data.main("mine", str(letters(tmp_path / "mine")))
+    assert Path("params.yaml").is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert "mine" in params.load(target).data
+    target.chmod(0o444)
+    before = target.read_bytes()
+    with pytest.raises(UserError, match=r"^params\.yaml is read-only; `chmod u\+w params\.yaml`, then type this again$"):
+        own_data.main("more", str(tmp_path / "mine"))
+    assert target.read_bytes() == before
+    assert target.stat().st_mode & 0o777 == 0o444
+
+
+def test_mixed_backgrounds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    letters(tmp_path / "mine", "a", 29, size=(28, 28))
+    own_data.main("mine", str(letters(tmp_path / "mine", "b", 31, paper=20, size=(28, 28))))
+    facts = said(capsys)
+    assert facts["background"] == "dark in 31 of 60; 29 of 60 have the other background and will stand out; sort them"
+    assert facts["invert"] == "true: dark and light change places, so that paper is light"
+
+
+def test_errors_name_the_path(tmp_path: Path) -> None:
+    mine = letters(tmp_path / "mine")
+    for i in range(20):
+        (mine / f"ب/{i}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=rf"^path = {mine}: 20 of 90 images are unreadable \([^/]*, the first is 'ب/0.png'[^/]*$"):
+        own_data.main("mine", str(mine))
+    (mine / "train").mkdir()
+    (mine / "ا/0.png").rename(mine / "0.png")
+    with pytest.raises(UserError, match=rf"^path = {mine}: '0.png' lies in no folder"):
+        own_data.main("mine", str(mine))
+
+
+def test_one_folder_is_one_however_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = letters(tmp_path / "mine")
+    (tmp_path / "link").symlink_to(mine)
+    for path in ("../mine", str(mine), "../naqsh/../mine/", "../link"):
+        own_data.main("mine", path)
+        assert capsys.readouterr().out.startswith(f"mine: {mine}\n")
+
+
+def test_what_breaks_a_line_or_is_no_text_is_written_as_python_does(tmp_path: Path) -> None:
+    mine = letters(tmp_path / "mine", ["a\nb", "می\u200cم"])
+    Path(os.fsdecode(os.fsencode(mine) + b"/a.\xff")).write_bytes(b"x")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "stages.pipeline.own_data", "mine", str(mine)]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    assert "\n  classes     2: a\\nb, می\u200cم; 30 images each\n" in done.stdout
+    assert r" but .\udcff, such as 'a.\udcff'" in done.stdout
+
+
+def test_one_image_of_each_class_is_told_as_one() -> None:
+    assert own_data.classes(["a", "b"], [1, 1]) == "2: a, b; 1 image each"
+    assert own_data.classes(list(map(str, range(2000))), [20] * 2000).startswith("2,000: 0, 1, ")
+    assert own_data.classes(list(map(str, range(2000))), [20] * 2000).endswith(" 11 and 1,988 more; 20 images each")
+
+
+def test_more_classes_than_fit_are_not_on_the_sheet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N = own_data.ON_SHEET
+    images, labels = torch.zeros(N + 60, 1, 28, 28, dtype=torch.uint8), torch.arange(N + 60)
+    sheets = [own_data.contact_sheet(images[:n], labels[:n], [str(y) for y in range(100, 100 + n)]) for n in (N, N + 60)]
+    np.testing.assert_array_equal(*sheets)
+    assert max(sheets[0].shape) < 4000
+    monkeypatch.setattr(own_data, "ON_SHEET", 1)
+    own_data.main("mine", str(letters(tmp_path / "mine")))
+    assert "\nSome images of each of the first 1 classes (2 are left out), as the network" in capsys.readouterr().out
+    with Image.open("data/looked/mine.png") as sheet:
+        assert sheet.height == 2 * 49 + 2
 
 
 @pytest.mark.parametrize(

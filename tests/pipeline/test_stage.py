@@ -228,7 +228,7 @@ def make() -> object:
     [
         (plan.main, ["plan"], (params, "load")),
         (plan.main, ["prune", "--yes"], (plan, "leftovers")),
-        (plan.main, ["profile", "gpu"], (plan, "whole_file")),
+        (plan.main, ["profile", "gpu"], (params, "write")),
         (make, [], (plan, "plan")),
         (make, [], (engine, "run")),
         (command.main, [], (params, "load")),

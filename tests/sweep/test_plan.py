@@ -188,3 +188,26 @@ def test_a_profile_is_one_of_the_folder(bare_tree: Path, name: str) -> None:
     assert (bare_tree / "params.yaml").read_bytes() == before
     plan.profile("gpu")
     assert params.load().train.batch == 32
+
+
+@pytest.mark.parametrize(
+    ("edit", "ends"), [("", "undoes it."), ("# mine\n", "undoes it, and takes back the edits that were there before.")]
+)
+def test_a_profile_says_what_a_checkout_takes_back(
+    bare_tree: Path, edit: str, ends: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bare_tree / "profiles").mkdir()
+    (bare_tree / "profiles/gpu.yaml").write_text("train: {batch: 32}\n")
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], check=True)
+    text = (bare_tree / "params.yaml").read_text() + edit
+    (bare_tree / "params.yaml").write_text(text)
+    (bare_tree / "params.yaml").chmod(0o444)
+    with pytest.raises(UserError, match=r"^params\.yaml is read-only"):
+        plan.profile("gpu")
+    assert (bare_tree / "params.yaml").read_text() == text
+    (bare_tree / "params.yaml").chmod(0o640)
+    plan.profile("gpu")
+    said = "params.yaml now holds profiles/gpu.yaml. `git diff params.yaml` shows it, `git checkout params.yaml` "
+    assert capsys.readouterr().out == f"{said}{ends}\n"
+    assert (bare_tree / "params.yaml").stat().st_mode & 0o777 == 0o640

@@ -30,7 +30,18 @@ from stages.pipeline.params.schema import (
     find_training,
     parts,
 )
-from stages.pipeline.params.yaml_files import PARAMS, load, merged, parse_yaml, read_yaml, section, with_dataset
+from stages.pipeline.params.yaml_files import (
+    PARAMS,
+    is_committed,
+    load,
+    merged,
+    parse_yaml,
+    read_yaml,
+    refuse_while_repro,
+    section,
+    with_dataset,
+    write,
+)
 
 __all__ = [
     "PARAMS",
@@ -59,11 +70,14 @@ __all__ = [
     "Training",
     "find_cell",
     "find_training",
+    "is_committed",
     "load",
     "merged",
     "parse_yaml",
     "parts",
     "read_yaml",
+    "refuse_while_repro",
     "section",
     "with_dataset",
+    "write",
 ]

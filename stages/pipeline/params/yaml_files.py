@@ -4,7 +4,10 @@ import copy
 import functools
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from stages.errors import UserError
+from stages.pipeline.files import is_held, whole_file
 from stages.pipeline.params.schema import Params, section_at
 from stages.pipeline.params.wording import cut, explain, short
 
 PARAMS = Path("params.yaml")
+REPRO_LOCK = Path(".state/locks/repro.lock")  # `make repro` holds it
 
 LARGEST, DEEPEST = 100_000, 50  # bytes, and levels, of a YAML file: a person wrote it
 MOST_MISTAKES = 20
@@ -81,6 +86,37 @@ def with_dataset(name: str, section: dict[str, Any], path: Path = PARAMS) -> str
         )
     _check(written, path)
     return text
+
+
+def write(text: str, path: Path = PARAMS) -> None:
+    """Write params.yaml, whole: a link to it stays one, and who may read it may still.
+
+    Raises:
+        UserError: it is read-only, or `make repro` runs, which would compare results of the old parameters by the new ones.
+    """
+    refuse_while_repro()
+    target = path.resolve()
+    if not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
+        raise UserError(f"{path} is read-only; `chmod u+w {path}`, then type this again")
+    with whole_file(target) as temporary:
+        temporary.write_bytes(text.encode())
+        shutil.copymode(target, temporary)
+
+
+def refuse_while_repro() -> None:
+    """Raise UserError where a `make repro` works in this folder."""
+    if is_held(REPRO_LOCK):
+        raise UserError(f"`make repro` works in this folder and reads {PARAMS}; type this when it has ended")
+
+
+def is_committed(path: Path = PARAMS) -> bool:
+    """Whether the file is as the last commit has it, so that `git checkout` brings back what it holds now."""
+    command = ["git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=all", "--ignored", "--", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    except OSError:  # there is no git
+        return False
+    return done.returncode == 0 and not done.stdout and not path.is_symlink()
 
 
 def _with_item(text: str, names: Any, name: str) -> str:
