@@ -26,7 +26,7 @@ from stages.sweep.display import Display
 from stages.sweep.units import Unit
 from stages.tracking import mirror
 
-LOGS, OWN_LOCK = Path(".state/logs"), Path(".state/locks/repro.lock")
+LOGS = Path(".state/logs")
 LEAST_MIB = 1536  # of memory for a unit of which no peak is known
 PAUSE = 0.1  # seconds between two looks at what runs
 NOTES = re.compile(
@@ -139,9 +139,9 @@ def main(arguments: list[str]) -> int:
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
     """Hold this folder for one `make repro`. Raises UserError where another has it."""
-    OWN_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    params.REPRO_LOCK.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(OWN_LOCK, timeout=0):
+        with FileLock(params.REPRO_LOCK, timeout=0):
             yield
     except Timeout:
         raise UserError("another `make repro` works in this folder; wait for it, or follow it in `make ui`") from None

@@ -16,7 +16,6 @@ from PIL import Image
 
 from stages.errors import UserError
 from stages.pipeline import own_data, params
-from stages.sweep import engine
 
 ROOT = Path(__file__).parents[2]
 NO_WORDS = ["null", "true", "123", "1e5", "1_000", "0x1f"]
@@ -236,8 +235,8 @@ def test_a_section_of_before_is_not_to_be_removed(tmp_path: Path, capsys: pytest
 def test_nothing_is_written_while_make_repro_works_here(tmp_path: Path) -> None:
     mine = letters(tmp_path / "mine")
     says = r"^`make repro` works in this folder and reads params\.yaml; type this when it has ended$"
-    engine.OWN_LOCK.parent.mkdir(parents=True)
-    with FileLock(engine.OWN_LOCK):
+    params.REPRO_LOCK.parent.mkdir(parents=True)
+    with FileLock(params.REPRO_LOCK):
         with pytest.raises(UserError, match=says):
             own_data.main("mine", str(mine))
         with pytest.raises(UserError, match=says):

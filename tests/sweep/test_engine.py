@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from stages.pipeline import clocks, dvc_forms, processes
+from stages.pipeline import clocks, dvc_forms, params, processes
 from stages.sweep import display as display_of
 from stages.sweep import engine, plan
 from stages.sweep.display import Display
@@ -172,9 +172,9 @@ def test_a_number_of_jobs_that_is_none_is_refused(jobs: str, capsys: pytest.Capt
 def test_a_second_repro_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "plan", lambda *_: pytest.fail("the second one began"))
-    engine.OWN_LOCK.parent.mkdir(parents=True)
+    params.REPRO_LOCK.parent.mkdir(parents=True)
     with (
-        FileLock(engine.OWN_LOCK),
+        FileLock(params.REPRO_LOCK),
         pytest.raises(SystemExit, match="repro: another `make repro` works in this folder; wait for it"),
     ):
         engine.main([])

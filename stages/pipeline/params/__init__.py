@@ -32,6 +32,7 @@ from stages.pipeline.params.schema import (
 )
 from stages.pipeline.params.yaml_files import (
     PARAMS,
+    REPRO_LOCK,
     is_committed,
     load,
     merged,
@@ -45,6 +46,7 @@ from stages.pipeline.params.yaml_files import (
 
 __all__ = [
     "PARAMS",
+    "REPRO_LOCK",
     "AncestralSampler",
     "ArchiveData",
     "AutoData",
