@@ -6,7 +6,7 @@ weights of a trained network (`train.init`), if such a file is given. The judge 
 holds all images outside of what is scored: so rows compare, which the cells' own scores, each against its own few test images,
 do not. Seconds are of the processors, so that other work beside does not count. Prints one JSON line; writes SHEET, a picture.
 
-Run: python benchmarks/small_sets.py SHEET.png WEIGHTS.safetensors [HODA.cdb], which gives the letters, or with that file the digits
+Run: python benchmarks/small_sets.py SHEET.png WEIGHTS.safetensors [HODA.cdb [SIZE ...]]: the letters, or with that file the digits
 """
 
 import json
@@ -66,8 +66,9 @@ class Kind(NamedTuple):
         return {"fid": round(value, 3), "accuracy": [round(x, 4) for x in agreement(labels, found[1])], "images": len(images)}
 
 
-def main(sheet: Path, weights: Path, cdb: Path | None) -> None:
+def main(sheet: Path, weights: Path, cdb: Path | None, wanted: list[int]) -> None:
     name, kind, sizes = ("hoda", _hoda(cdb), HODA_SIZES) if cdb else ("letters", _letters(), GLYPH_SIZES)
+    sizes = tuple(wanted) or sizes
     result: dict[str, Any] = {"floor": kind.score(*kind.floor)}
     pictures: dict[str, Tensor] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -153,4 +154,5 @@ def _shown(images: Tensor, labels: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute(), Path(sys.argv[3]) if sys.argv[3:] else None)
+    given = [Path(text).absolute() for text in sys.argv[1:4]]
+    main(given[0], given[1], given[2] if given[2:] else None, [int(text) for text in sys.argv[4:]])
