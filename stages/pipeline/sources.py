@@ -28,7 +28,7 @@ DECISIVE = ("reader", "path", "url", "drive", "sha256")  # options that decide w
 def resolved(options: dict[str, Any]) -> dict[str, Any]:
     """A section of params.yaml: data with every `path` absolute: ~ is the home folder, relative ones start at the repository.
 
-    Raises UserError where there is no such home folder.
+    Raises UserError where there is no such home folder, or where links lead in a circle.
     """
     found: dict[str, Any] = {name: resolved(value) if isinstance(value, dict) else value for name, value in options.items()}
     if found.get("path"):
@@ -36,6 +36,10 @@ def resolved(options: dict[str, Any]) -> dict[str, Any]:
             found["path"] = str(workspace() / Path(found["path"]).expanduser())
         except RuntimeError:  # no HOME, or nobody of the name after ~
             raise UserError(f"path = {found['path']}: that home folder is unknown here; write the path without ~") from None
+        try:
+            Path(found["path"]).resolve()
+        except RuntimeError:
+            raise UserError(f"path = {found['path']}: its links lead in a circle") from None
     return found
 
 

@@ -171,6 +171,13 @@ def test_options_that_decide_the_raw_files_are_known():
     assert taken == {*sources.DECISIVE, "of"} - {"reader"}
 
 
+def test_links_that_lead_in_a_circle_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match=r"^path = .*/a: its links lead in a circle$"):
+        sources.resolved({"path": str(tmp_path / "a")})
+
+
 @pytest.mark.parametrize("path", ["~", "~/digits.zip"])
 def test_a_home_folder_that_nobody_knows_is_told(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     def unknown(_: Path) -> Path:
