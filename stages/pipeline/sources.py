@@ -37,7 +37,8 @@ def resolved(options: dict[str, Any]) -> dict[str, Any]:
         except RuntimeError:  # no HOME, or nobody of the name after ~
             raise UserError(f"path = {found['path']}: that home folder is unknown here; write the path without ~") from None
         try:
-            Path(found["path"]).resolve()
+            with contextlib.suppress(ValueError):  # a zero in it: there is no such file, which is told elsewhere
+                Path(found["path"]).resolve()
         except RuntimeError:
             raise UserError(f"path = {found['path']}: its links lead in a circle") from None
     return found
