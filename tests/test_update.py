@@ -1,9 +1,11 @@
 """A workspace of an earlier version, with its results and its runs, goes on under the present code."""
 
+import contextlib
 import io
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -58,10 +60,15 @@ def earlier(tmp_path: Path) -> Path:
 
 
 def leave_unfinished(folder: Path) -> None:
-    """Kill a training of the earlier version as soon as it can go on."""
+    """Kill a training of the earlier version as soon as it can go on, and MLflow knows of it."""
+
+    def is_followed() -> bool:
+        with contextlib.closing(sqlite3.connect(folder / "mlflow.db", timeout=60)) as store:
+            return bool(store.execute("SELECT 1 FROM runs WHERE status = 'RUNNING'").fetchall())
+
     command = [sys.executable, "-m", "stages.train", CELL]
     with subprocess.Popen(command, cwd=folder, env=kills.environment(), stderr=subprocess.DEVNULL) as training:
-        while training.poll() is None and not list(folder.glob(".state/checkpoints/*/*")):
+        while training.poll() is None and not (list(folder.glob(".state/checkpoints/*/*")) and is_followed()):
             time.sleep(0.05)
         os.kill(training.pid, signal.SIGKILL)
     assert training.returncode == -signal.SIGKILL
