@@ -6,7 +6,7 @@ from stages.pipeline import clocks, params, processes
 from stages.sweep import units
 from stages.sweep.units import Unit
 
-# Seconds on one core of a server CPU (AMD EPYC, AVX-512, 2023), of the default network: see benchmarks/RESULTS.md.
+# Seconds on one core of a server CPU (AMD EPYC with AVX-512), of the default network: see benchmarks/RESULTS.md.
 START = 2.5  # of a unit's DVC
 FLAT = {"fetch": 2, "prepare": 2, "reference": 10, "init": 0, "evaluate": 16, "compare": 3}
 A_GLYPH = 5.3e-4  # to draw one
@@ -80,8 +80,7 @@ def _guess(name: str, cores: int, loaded: params.Params) -> float | None:
     size, stem = loaded.data[dataset].size or PICTURE, loaded.network.stem_resolution
     relative = (size / 2 ** max(0, math.ceil(math.log2(size / stem)))) ** 2 / PIXELS * width  # as the U-Net folds images
     if stage == "train":
-        first = next(training for training in loaded.sweep.trainings() if training.dataset == dataset)
-        if loaded.train.shared and item.split("-")[1] != first.schedule:
+        if loaded.train.shared and item.split("-")[1] != loaded.sweep.schedules[0]:
             return 0  # it takes the network of the first
         return A_TRAINED_IMAGE * relative * sum(loaded.train.of(dataset).images)
     sample, T = loaded.sample, int(item.split("-")[2])

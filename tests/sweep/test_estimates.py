@@ -61,6 +61,16 @@ def test_what_was_timed_of_another_cell_counts_by_how_much_more_there_is_to_do(t
     assert estimates.seconds_of(todo, 2, loaded)["train@mnist-linear-0"] == estimates.START + 100
 
 
+def test_what_was_timed_may_be_of_a_dataset_that_is_no_longer_swept(todo: list[units.Unit]) -> None:
+    timed("train", "mnist-cosine-0", 100)
+    loaded = params.load()
+    letters = loaded.model_copy(update={"sweep": loaded.sweep.model_copy(update={"datasets": ["persian_glyphs"]})})
+    some = [unit for unit in todo if "persian_glyphs" in unit.name]
+    folded = 2 * 32**2 / 28**2
+    found = estimates.seconds_of(some, 2, letters)["train@persian_glyphs-linear-0"]
+    assert found == pytest.approx(estimates.START + 100 * folded)
+
+
 def test_a_cell_alone_draws_on_all_cores(todo: list[units.Unit], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "cores", lambda: 8)
     loaded = params.load()
