@@ -2,9 +2,10 @@
 
 Subsets of the Hoda digits, which people wrote, and of the drawn letters are written as folders of PNGs and read with
 `reader: auto`. Each gets the default network of schedule cosine, drawn at T = 100; the smallest also one that begins with the
-weights of a trained network (`train.init`), if such a file is given. One judge scores all sets of a kind: a classifier
+weights of a trained network (`train.init`). One judge scores all sets of a kind: a classifier
 that was trained on all images that sets are taken from, and real images that neither it nor any set holds. So rows compare, which
-the cells' own scores, each against its own few test images, do not. Seconds are of the processors, so that other work beside does not count. Prints one JSON line; writes SHEET, a picture.
+the cells' own scores, each against its own few test images, do not. Seconds are of the processors, so that other work beside
+hardly counts. Prints one JSON line; writes SHEET, a picture.
 
 Run: python benchmarks/small_sets.py SHEET.png WEIGHTS.safetensors [HODA.cdb [SIZE ...]]: the letters, or with that file the digits
 """
